@@ -1,0 +1,1 @@
+"""Train, evaluate and read TopK language models, in the manner of Lingua's apps."""

@@ -1,0 +1,84 @@
+"""alpha beside the learning rate: driven, saved and restored by the same scheduler."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lingua_topk import TopKHandle
+from lingua_topk.anneal import alpha_at
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class AnnealingScheduler:
+    """The host's learning-rate scheduler, and the alpha of a TopK model with it.
+
+    alpha follows from the scheduler's step count, so that whatever restores the one
+    restores the other. Everything else is the host's scheduler.
+
+    Attributes:
+        used_alpha: alpha of the last finished optimizer step.
+    """
+
+    def __init__(self, scheduler: LambdaLR, handle: TopKHandle, n_steps: int):
+        self.scheduler = scheduler
+        self.handle = handle
+        self.n_steps = n_steps
+        self.stats = handle.start_stats()
+        self.handle.alpha = self.used_alpha = self._alpha()
+
+    def _alpha(self) -> float:
+        args = self.handle.args
+        step = self.scheduler.last_epoch
+        return alpha_at(step, self.n_steps, args.anneal_ratio, args.anneal_schedule)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["scheduler"], name)
+
+    def step(self, *args, **kwargs) -> None:
+        self.used_alpha = self.handle.alpha
+        self.scheduler.step(*args, **kwargs)
+        self.handle.alpha = self._alpha()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state, and how long each neuron has been idle; JSON throughout."""
+        idle = {str(i): stats.idle.tolist() for i, stats in self.stats.items()}
+        return {**self.scheduler.state_dict(), "topk": {"idle": idle}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore, and push the learning rate, which LambdaLR does not do by itself."""
+        state = dict(state_dict)
+        idle = state.pop("topk", {}).get("idle", {})
+        self.scheduler.load_state_dict(state)
+        groups = self.scheduler.optimizer.param_groups
+        for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        for i, stats in self.stats.items():
+            saved = idle.get(str(i))
+            if saved is not None and len(saved) == len(stats.idle):
+                stats.idle.copy_(torch.tensor(saved))
+        self.handle.alpha = self.used_alpha = self._alpha()
+
+    def metrics(self) -> dict[str, float]:
+        """`topk/*` over all processes since the last call. All of them must call it.
+
+        topk/alpha: of the last finished step. topk/l0/<layer>: mean survivors a token.
+        topk/dead/<layer>: share of neurons that fired for none of the last
+        `dead_window` tokens (0 until so many have been seen).
+        """
+        counts = torch.stack([stats.counts for stats in self.stats.values()])  # [L, 2]
+        idle = torch.stack([stats.idle for stats in self.stats.values()])  # [L, D]
+        processes = 1
+        if dist.is_initialized():
+            dist.all_reduce(counts, op=dist.ReduceOp.SUM)
+            dist.all_reduce(idle, op=dist.ReduceOp.MIN)
+            processes = dist.get_world_size()
+        for stats in self.stats.values():
+            stats.reset_counts()
+        l0 = (counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
+        dead = (idle * processes >= self.handle.args.dead_window).double().mean(dim=1).tolist()
+        layers = list(self.stats)
+        return {
+            "topk/alpha": self.used_alpha,
+            **{f"topk/l0/{i}": value for i, value in zip(layers, l0, strict=True)},
+            **{f"topk/dead/{i}": value for i, value in zip(layers, dead, strict=True)},
+        }

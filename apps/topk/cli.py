@@ -1,0 +1,136 @@
+"""How the applications speak to a user: config files, one-line errors, help."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lingua_topk.errors import ConfigError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a user's mistake becomes one line on stderr and its exit status.
+
+    An exception that carries `exit_status` is meant for the user, ours and the embedded
+    host's alike. Every process meets the same mistake, so only the first one speaks.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        status = getattr(error, "exit_status", None)
+        if status is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def one_line(text: str) -> str:
+    """Text from anywhere as a single printable line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def read_config(
+    args_class: type,
+    program: str,
+    description: str,
+    notes: str = "",
+    argv: Sequence[str] | None = None,
+) -> Any:
+    """An `args_class` from `config=FILE key=value ...`: defaults < file < command line.
+
+    `--help` prints every key with its default and ends the program; no argument at all
+    is a ConfigError that says how to get help.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(args_class, program, description, notes))
+        raise SystemExit(0)
+    if not argv:
+        raise ConfigError(
+            f"{program} needs config=FILE: see python -m {program} --help for what it takes"
+        )
+    for argument in argv:
+        if "=" not in argument or argument.startswith("-"):
+            raise ConfigError(
+                f"argument {argument!r} is not of the form key=value: write for example"
+                " config=configs/quickstart.yaml steps=100"
+            )
+    command_line = _parsed(lambda: OmegaConf.from_dotlist(list(argv)), "the command line")
+    file = command_line.pop("config", None)
+    if file is None:
+        raise ConfigError(f"config=FILE is missing: see python -m {program} --help")
+    return merge(args_class, (read_yaml(file), str(file)), (command_line, "the command line"))
+
+
+def merge(args_class: type, *layers: tuple[DictConfig, str]) -> Any:
+    """An `args_class` with each layer merged over the ones before; ConfigError names the key.
+
+    Each layer is a config and the name of where it comes from.
+    """
+    defaults = OmegaConf.structured(args_class())
+    config = defaults
+    for layer, origin in layers:
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_explain(error, config, origin)) from None
+    return _parsed(lambda: OmegaConf.to_object(config), "the config")
+
+
+def read_yaml(path: str) -> DictConfig:
+    """A YAML file that holds a mapping, or ConfigError."""
+    if not Path(path).is_file():
+        raise ConfigError(f"config={path} is not a file: give the path of a YAML file")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config={path} is not readable as YAML: {one_line(str(error))}") from None
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"config={path} holds no mapping: write one `key: value` a line")
+    return config
+
+
+def _parsed(read: Callable[[], Any], origin: str) -> Any:
+    try:
+        return read()
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{origin}: {one_line(str(error))}") from None
+
+
+def _explain(error: OmegaConfBaseException, config: DictConfig, origin: str) -> str:
+    key = error.full_key or str(error.key)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    known = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    if known and name not in known:
+        return f"{key} (in {origin}) is no known key: {nearest(name, known)}"
+    return f"{key} (in {origin}): {one_line(str(error).splitlines()[0])}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What to write in place of an unknown name."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"allowed are {', '.join(sorted(known))}"
+
+
+def help_text(args_class: type, program: str, description: str, notes: str) -> str:
+    """Usage, every key with its default as YAML, and notes."""
+    defaults = OmegaConf.to_yaml(OmegaConf.structured(args_class()))
+    parts = [
+        f"usage: python -m {program} config=FILE [key=value ...]",
+        description,
+        "Keys and defaults; those of nested sections are written with dots (optim.lr=1e-3):",
+        defaults.rstrip(),
+        notes,
+    ]
+    return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,29 @@
+"""The host's language model with a `topk` section in its arguments."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from lingua_topk import TopKArgs, apply_topk
+
+from apps.main.train import TrainArgs
+from apps.main.transformer import LMTransformer, LMTransformerArgs
+
+
+@dataclass
+class TopKTransformerArgs(LMTransformerArgs):
+    # Absent or null: the vanilla twin.
+    topk: Optional[TopKArgs] = None  # noqa: UP045 (OmegaConf reads this spelling in all versions)
+
+
+@dataclass
+class TopKTrainArgs(TrainArgs):
+    model: TopKTransformerArgs = field(default_factory=TopKTransformerArgs)
+
+
+class TopKTransformer(LMTransformer):
+    """Patched while it is built, hence before sharding and compilation."""
+
+    def __init__(self, args: TopKTransformerArgs):
+        super().__init__(args)
+        if args.topk is not None:
+            apply_topk(self, args.topk)

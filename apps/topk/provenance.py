@@ -1,0 +1,61 @@
+"""What made a result: written beside it by every program."""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import lingua_topk
+import torch
+from lingua_topk import host
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def provenance(**fields: Any) -> dict[str, Any]:
+    """Versions, commit, host and time, with `fields` added."""
+    chosen = host.bound()
+    return {
+        "lingua_topk": lingua_topk.__version__,
+        "commit": _commit(),
+        "host": chosen.describe() if chosen else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **fields,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, marked when files differ from it; None outside git."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

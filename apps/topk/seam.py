@@ -1,0 +1,90 @@
+"""The seam between TopK and the host's training loop: which names are replaced, by what.
+
+The loop is the host's own. It looks these names up in its modules when it runs; each is
+checked before any is replaced, and all are put back on exit.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from lingua_topk import topk_handle
+from lingua_topk.errors import HostError
+
+from apps.topk.annealing import AnnealingScheduler
+from apps.topk.model import TopKTransformer
+
+logger = logging.getLogger(__name__)
+
+
+class Seam:
+    """The replacements for one run; they share the scheduler that drives alpha."""
+
+    def __init__(self, train_module: ModuleType, eval_module: ModuleType):
+        self._build_optimizer = _lookup(train_module, "build_optimizer")
+        self._dist_mean_dict = _lookup(train_module, "dist_mean_dict")
+        self.annealing: AnnealingScheduler | None = None
+
+        from apps.topk.eval import EvalArgs, launch_eval
+
+        self.replacements: list[tuple[ModuleType, str, Any]] = [
+            (train_module, "LMTransformer", TopKTransformer),
+            (train_module, "build_optimizer", self.build_optimizer),
+            (train_module, "dist_mean_dict", self.dist_mean_dict),
+            (eval_module, "EvalArgs", EvalArgs),
+            (eval_module, "launch_eval", launch_eval),
+        ]
+        for module, name, _ in self.replacements:
+            _lookup(module, name)
+
+    def build_optimizer(self, model, args, n_steps):
+        """The host's optimizer; a TopK model's scheduler also drives alpha.
+
+        Called after the weights are on their device, which is when counters can be made.
+        """
+        optimizer, scheduler = self._build_optimizer(model, args, n_steps)
+        handle = topk_handle(model)
+        if handle is None:
+            return optimizer, scheduler
+        self.annealing = AnnealingScheduler(scheduler, handle, n_steps)
+        return optimizer, self.annealing
+
+    def dist_mean_dict(self, x: dict) -> dict:
+        """The host's mean over processes, `topk/*` added.
+
+        This is the last call before a log line that all processes make: the metric
+        logger itself is called by one only, where a collective would wait for ever.
+        """
+        means = self._dist_mean_dict(x)
+        if self.annealing is not None:
+            means.update(self.annealing.metrics())
+        return means
+
+
+def _lookup(module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        raise HostError(
+            f"{module.__name__} of this host has no {name}, which apps.topk replaces: use"
+            " facebookresearch/lingua at 437d680, or LINGUA_TOPK_HOST=embedded"
+        )
+    return getattr(module, name)
+
+
+@contextlib.contextmanager
+def install() -> Iterator[ModuleType]:
+    """Within it the host's loop trains TopK models. Yields the host's apps.main.train."""
+    import apps.main.eval as eval_module
+    import apps.main.train as train_module
+
+    seam = Seam(train_module, eval_module)
+    originals = [(module, name, getattr(module, name)) for module, name, _ in seam.replacements]
+    try:
+        for module, name, replacement in seam.replacements:
+            logger.debug("%s.%s replaced", module.__name__, name)
+            setattr(module, name, replacement)
+        yield train_module
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)

@@ -1,0 +1,58 @@
+"""Train a TopK language model, or its vanilla twin, with the host's training loop."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+from lingua_topk import TopKArgs, host
+from lingua_topk.errors import ConfigError
+
+from apps.topk import cli
+from apps.topk.model import TopKTrainArgs
+from apps.topk.provenance import provenance, write_json
+from apps.topk.seam import install
+
+PROGRAM = "apps.topk.train"
+DESCRIPTION = """\
+Train a TopK language model. Without a model.topk section (or with model.topk=null) the same
+file trains the vanilla twin. Several processes:
+  torchrun --nproc-per-node 8 -m apps.topk.train config=FILE [key=value ...]
+The run continues from the newest checkpoint in its dump_dir, if there is one."""
+
+
+def main() -> None:
+    args = cli.read_config(TopKTrainArgs, PROGRAM, DESCRIPTION, _notes())
+    train(args)
+
+
+def train(args: TopKTrainArgs) -> None:
+    """Check what is ours, write down what runs, and hand over to the host's loop."""
+    validate(args)
+    with install() as train_module:
+        try:
+            train_module.train(args)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def validate(args: TopKTrainArgs) -> None:
+    """ConfigError for what TopK cannot do; nothing is written before."""
+    topk = args.model.topk
+    if topk is None:
+        return
+    topk.validate(args.model.n_layers)
+    if topk.site == "mlp" and args.distributed.tp_size > 1:
+        raise ConfigError(
+            f"model.topk.site=mlp with distributed.tp_size={args.distributed.tp_size}: each process"
+            " would select within its part of the hidden units; use site=residual or tp_size=1"
+        )
+
+
+def _notes() -> str:
+    defaults = yaml.safe_dump({"model": {"topk": TopKArgs().__dict__}}, sort_keys=False)
+    return f"The section model.topk, where given, and its defaults:\n\n{defaults}".rstrip()
+
+
+if __name__ == "__main__":
+    cli.run(main)

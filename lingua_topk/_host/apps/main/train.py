@@ -1,0 +1,585 @@
+"""The training loop: config in; checkpoints, metrics.jsonl and train.log out.
+
+    python -m apps.main.train config=FILE key=value ...
+
+`train` looks up the model class, the optimizer builder, the collectives and the
+evaluation as names of this module (and of `apps.main.eval`) at the time it runs, as
+Lingua's loop does: an extension replaces those names instead of copying the loop.
+"""
+
+import gc
+import json
+import logging
+import signal
+import sys
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from timeit import default_timer as timer
+from typing import Any, Optional
+
+import torch
+from lingua.args import dataclass_from_dict, dump_config
+from lingua.checkpoint import (
+    CheckpointArgs,
+    CheckpointManager,
+    data_parallel_rank,
+    load_from_checkpoint,
+)
+from lingua.data import (
+    DataArgs,
+    build_dataloader_from_args,
+    init_dataloader_state_from_args,
+)
+from lingua.distributed import (
+    DistributedArgs,
+    EnvironmentArgs,
+    check_model_value_range,
+    dist_max,
+    dist_mean_dict,
+    get_device,
+    get_device_mesh,
+    get_is_master,
+    get_world_size,
+    init_signal_handler,
+    parallelize_model,
+    requeue_slurm_job,
+    setup_env,
+    setup_torch_distributed,
+    validate_distributed_args,
+)
+from lingua.errors import CheckpointError, ConfigError, UserError
+from lingua.logger import init_logger
+from lingua.metrics import GPUMemoryMonitor, LoggingArgs, MetricLogger, get_num_params
+from lingua.optim import OptimArgs, build_optimizer
+from lingua.profiling import ProfilerArgs, maybe_run_profiler
+from lingua.tokenizer import build_tokenizer
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from apps.main.transformer import (
+    LMTransformer,
+    LMTransformerArgs,
+    build_fsdp_grouping_plan,
+    get_no_recompute_ops,
+    get_num_flop_per_token,
+    tp_parallelize,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainArgs:
+    name: str = "lingua"
+    dump_dir: str = ""
+
+    seed: int = 42
+    grad_acc_steps: int = 1  # micro-batches an optimizer step
+    gc_collect_freq: int = 1000
+    probe_freq: Optional[int] = None  # noqa: UP045
+    steps: int = 1000
+
+    data: DataArgs = field(default_factory=DataArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    model: LMTransformerArgs = field(default_factory=LMTransformerArgs)
+    distributed: DistributedArgs = field(default_factory=DistributedArgs)
+    env: EnvironmentArgs = field(default_factory=EnvironmentArgs)
+    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
+    profiling: ProfilerArgs = field(default_factory=ProfilerArgs)
+    logging: LoggingArgs = field(default_factory=LoggingArgs)
+
+    async_eval_gpus: Optional[int] = None  # noqa: UP045
+    eval: Optional[Any] = None  # noqa: UP045
+
+
+@dataclass
+class TrainState:
+    """What a resumed run needs beside weights and optimizer; stored as JSON."""
+
+    step: int  # optimizer steps done
+    acc_step: int  # micro-batches done since
+    scheduler: LambdaLR
+    data_loader_state: dict
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "acc_step": self.acc_step,
+            "data_loader_state": self.data_loader_state,
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.acc_step = state_dict["acc_step"]
+        self.data_loader_state = state_dict["data_loader_state"]
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        # LambdaLR restores its own state only: without this the next step would run
+        # with the learning rate of step 0.
+        groups = self.scheduler.optimizer.param_groups
+        for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+
+def validate_train_args(args: TrainArgs, output_size: int) -> None:
+    """Fill in what follows from other fields; ConfigError for what cannot run.
+
+    output_size: the tokenizer's number of tokens.
+    """
+    if not args.dump_dir:
+        raise ConfigError("dump_dir is not set: give a folder for what the run writes")
+    for name, value in (
+        ("steps", args.steps),
+        ("grad_acc_steps", args.grad_acc_steps),
+        ("gc_collect_freq", args.gc_collect_freq),
+        ("logging.freq", args.logging.freq),
+        ("checkpoint.dump.every", args.checkpoint.dump.every),
+        ("checkpoint.eval.every", args.checkpoint.eval.every),
+        ("model.dim", args.model.dim),
+        ("model.n_layers", args.model.n_layers),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is too small: give at least 1")
+    _validate_vocabulary(args, output_size)
+    _validate_sources(args.data)
+    validate_distributed_args(args.distributed, get_world_size())
+    if args.checkpoint.path is None:
+        args.checkpoint.path = str(Path(args.dump_dir) / "checkpoints")
+    args.model.max_seqlen = args.data.seq_len
+    if args.probe_freq is not None:
+        raise ConfigError(
+            f"probe_freq={args.probe_freq} is not offered by the embedded host: set it to null, or"
+            " run inside Meta Lingua (LINGUA_HOME)"
+        )
+    if args.async_eval_gpus is not None:
+        raise ConfigError(
+            f"async_eval_gpus={args.async_eval_gpus} is not offered by the embedded host yet: set"
+            " it to null, and evaluation runs between two training steps"
+        )
+    if args.logging.wandb is not None and args.logging.wandb.name is None:
+        args.logging.wandb.name = args.name
+    _validate_model_of_last_checkpoint(args)
+
+
+def _validate_vocabulary(args: TrainArgs, output_size: int) -> None:
+    if args.model.vocab_size < 0:
+        args.model.vocab_size = output_size
+    if args.model.vocab_size < output_size:
+        raise ConfigError(
+            f"model.vocab_size={args.model.vocab_size} is smaller than the tokenizer's"
+            f" {output_size} tokens: leave it out, or give at least that many"
+        )
+
+
+def _validate_sources(data: DataArgs) -> None:
+    if not data.sources:
+        raise ConfigError(
+            "data.sources is empty: name at least one folder below data.root_dir and its weight,"
+            " for example {my_corpus: 1.0}"
+        )
+    for source in data.sources:
+        folder = Path(data.root_dir or "") / source
+        if not folder.is_dir():
+            raise ConfigError(
+                f"data.sources: {source} is not a folder in data.root_dir={data.root_dir} (looked"
+                f" for {folder}): prepare it with python -m apps.topk.prepare, or correct the name"
+            )
+
+
+def _validate_model_of_last_checkpoint(args: TrainArgs) -> None:
+    """A run that would resume must have the model of its checkpoints."""
+    if not Path(args.checkpoint.path).is_dir():
+        return
+    newest = CheckpointManager(args.checkpoint).get_last_step_path()
+    if newest is None:
+        return
+    try:
+        saved = json.loads((newest / "params.json").read_text(encoding="utf-8"))["model"]
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{newest}/params.json cannot be read ({error!r}): remove the folder to go on from an"
+            " earlier checkpoint"
+        ) from None
+    wanted = asdict(args.model)
+    for key in {**saved, **wanted}:
+        if saved.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"model.{key}={wanted.get(key)}, but the run in dump_dir={args.dump_dir} has"
+                f" {saved.get(key)} (in {newest}): give that value to resume it, or another"
+                " dump_dir to start a new run"
+            )
+
+
+preemption_flag = {"flag": False}
+
+
+def set_preemption_flag(signum, frame) -> None:
+    """Ask the loop to save and end after the step it is in."""
+    logger.warning("signal %s: saving and ending after this step", signal.Signals(signum).name)
+    preemption_flag["flag"] = True
+
+
+def every_n_steps(
+    train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
+) -> bool:
+    """Whether the optimizer step (or, with acc_freq, the micro-batch) is a multiple."""
+    test = train_state.step % freq == 0
+    if acc_step is not None:
+        test = test and train_state.acc_step == acc_step
+    elif acc_freq is not None:
+        test = test and train_state.acc_step % acc_freq == 0
+    return test
+
+
+def build_model(args: TrainArgs, device: torch.device, device_mesh) -> nn.Module:
+    """The model on its device, cut for FSDP2, with initial or loaded weights.
+
+    Built on the meta device, so that no process ever holds more than its part.
+    """
+    wide = torch.float64 if args.distributed.model_dtype == "fp64" else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wide)
+    try:
+        with torch.device("meta"):
+            model = LMTransformer(args.model)
+    finally:
+        torch.set_default_dtype(before)
+    logger.info("%d parameters", get_num_params(model))
+    model = parallelize_model(
+        model,
+        device_mesh,
+        args.model,
+        args.distributed,
+        fsdp_grouping_plan=build_fsdp_grouping_plan(args.model),
+        tp_parallelize=tp_parallelize,
+        no_recompute_ops=get_no_recompute_ops(),
+    )
+    model = model.to_empty(device=device)
+    if args.checkpoint.init_ckpt_path:
+        logger.info("initial weights from %s", args.checkpoint.init_ckpt_path)
+        load_from_checkpoint(args.checkpoint.init_ckpt_path, model, model_key="model")
+        model.rope_embeddings.reset_parameters()
+    else:
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(args.model.seed)
+            model.init_weights()
+    check_model_value_range(model, range=10.0, std=1.0)
+    return model
+
+
+@dataclass
+class Run:
+    """The parts of a run that its steps share."""
+
+    args: TrainArgs
+    device: torch.device
+    dp_degree: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    state: TrainState
+    checkpoint: CheckpointManager
+    memory: GPUMemoryMonitor
+    flop_per_token: float
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.args.data.batch_size * self.args.data.seq_len
+
+
+def start_run(args: TrainArgs) -> Run:
+    """Everything before the first step: processes, model, optimizer, resumption."""
+    setup_env(args.env)
+    setup_torch_distributed(args.distributed)
+    device = get_device()
+    device_mesh = get_device_mesh(args.distributed)
+    dp_rank, dp_degree = data_parallel_rank(device_mesh)
+    torch.manual_seed(args.seed)
+
+    model = build_model(args, device, device_mesh)
+    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+    state = TrainState(
+        step=0,
+        acc_step=0,
+        data_loader_state=init_dataloader_state_from_args(args.data, dp_rank, dp_degree),
+        scheduler=scheduler,
+    )
+    checkpoint = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+    checkpoint.load(model, optimizer, state, device_mesh)
+    non_embedding = get_num_params(model) - args.model.vocab_size * args.model.dim
+    return Run(
+        args=args,
+        device=device,
+        dp_degree=dp_degree,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        state=state,
+        checkpoint=checkpoint,
+        memory=GPUMemoryMonitor(device),
+        flop_per_token=get_num_flop_per_token(
+            non_embedding, args.model.n_layers, args.model.dim, args.data.seq_len
+        ),
+    )
+
+
+def train(args: TrainArgs) -> None:
+    """Train, or go on training, the run that `args` describes, to its last step."""
+    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+    validate_train_args(args, tokenizer.n_words)
+    dump_dir = Path(args.dump_dir)
+    if get_is_master():
+        dump_dir.mkdir(parents=True, exist_ok=True)
+        dump_config(args, dump_dir / "config.yaml", log_config=False)
+    init_logger(dump_dir / "train.log")
+    if _last_step(args) >= args.steps:
+        logger.info("this run has done its %d steps already; nothing to do", args.steps)
+        return
+    init_signal_handler(set_preemption_flag)
+    signal.signal(signal.SIGTERM, set_preemption_flag)
+
+    run = start_run(args)
+    with ExitStack() as stack:
+        metric_logger = stack.enter_context(MetricLogger(dump_dir / "metrics.jsonl", args))
+        batches = stack.enter_context(
+            build_dataloader_from_args(args.data, state=run.state.data_loader_state)
+        )
+        profiler = stack.enter_context(maybe_run_profiler(dump_dir, run.model, args.profiling))
+        # A collection at a moment of its own choice, on one rank, would hold up all.
+        gc.disable()
+        stack.callback(gc.enable)
+        gc.collect()
+        progress = stack.enter_context(_progress_bar(args, run.state.step))
+        stack.enter_context(logging_redirect_tqdm())
+        _loop(run, batches, metric_logger, profiler, progress)
+
+
+def _last_step(args: TrainArgs) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    if not Path(args.checkpoint.path).is_dir():
+        return 0
+    newest = CheckpointManager(args.checkpoint).get_last_step_path()
+    return 0 if newest is None else int(newest.name)
+
+
+def _progress_bar(args: TrainArgs, done: int) -> tqdm:
+    """A bar on rank 0's terminal; nothing where there is none."""
+    return tqdm(
+        total=args.steps,
+        initial=done,
+        desc=args.name,
+        unit="step",
+        disable=None if get_is_master() else True,
+    )
+
+
+class _Speed:
+    """Times since the last log line."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.since = timer()
+        self.micro_batches = 0
+
+
+def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tqdm) -> None:
+    args, state = run.args, run.state
+    run.model.train()
+    preemption_flag["flag"] = False
+    speed = _Speed()
+    losses: list[Tensor] = []
+    saved = False
+    while state.step < args.steps:
+        state.acc_step = (state.acc_step + 1) % args.grad_acc_steps
+        started = timer()
+        batch, state.data_loader_state = next(batches)
+        if state.acc_step == 0 and state.step % args.gc_collect_freq == 0:
+            gc.collect()
+        data_load_time = timer() - started
+
+        started = timer()
+        lr = run.optimizer.param_groups[0]["lr"]
+        losses.append(_forward_backward(run, batch))
+        grad_norm = -1.0
+        if state.acc_step == 0:
+            grad_norm = _optimizer_step(run)
+            progress.update()
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        iter_time = timer() - started
+        speed.micro_batches += 1
+        if profiler is not None and state.acc_step == 0:
+            profiler.step()
+
+        if _is_log_step(args, state):
+            loss = torch.stack(losses).mean().item()
+            metrics = _metrics(run, speed, loss, grad_norm, lr, iter_time, data_load_time)
+            metrics.update(dist_mean_dict({"loss/out": loss}))
+            if get_is_master():
+                metric_logger.log(metrics)
+            logger.info(_log_line(metrics, loss))
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            speed.reset()
+            run.memory.reset_peak_stats()
+        if state.acc_step != 0:
+            continue
+        losses.clear()
+
+        saved = _is_save_step(args, state) and _save(run)
+        if args.eval is not None and _is_eval_step(args, state):
+            saved = saved or _save(run)
+            evaluate(run)
+            run.model.train()
+        if _preempted(run):
+            saved or _save(run)
+            logger.info("ending after step %d of %d, as asked", state.step, args.steps)
+            requeue_slurm_job()
+    if not saved:
+        _save(run)
+    gc.collect()
+    logger.info("done: %d steps", state.step)
+
+
+def _forward_backward(run: Run, batch) -> Tensor:
+    """Loss of one micro-batch, 0-d and detached; its gradients are added up."""
+    tensor = torch.as_tensor(batch, dtype=torch.long, device=run.device)  # [B, S, views]
+    loss = run.model(tensor[:, :, 0].contiguous(), tensor[:, :, 1].contiguous())
+    # Gradients are exchanged once an optimizer step, with the last micro-batch.
+    if run.args.grad_acc_steps > 1:
+        run.model.set_requires_gradient_sync(run.state.acc_step == 0)
+    (loss / run.args.grad_acc_steps).backward()
+    return loss.detach()
+
+
+def _optimizer_step(run: Run) -> float:
+    """Clip, step, count. Returns the norm of the gradient before clipping."""
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=run.args.optim.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    run.state.step += 1
+    return norm.item()
+
+
+def _is_log_step(args: TrainArgs, state: TrainState) -> bool:
+    if args.logging.acc_freq:
+        return every_n_steps(state, args.logging.freq, acc_freq=args.logging.acc_freq)
+    return every_n_steps(state, args.logging.freq, acc_step=0)
+
+
+def _is_save_step(args: TrainArgs, state: TrainState) -> bool:
+    return every_n_steps(state, args.checkpoint.dump.every, acc_step=0) or every_n_steps(
+        state, args.checkpoint.eval.every, acc_step=0
+    )
+
+
+def _is_eval_step(args: TrainArgs, state: TrainState) -> bool:
+    return state.step == args.steps or every_n_steps(state, args.checkpoint.eval.every, acc_step=0)
+
+
+def _save(run: Run) -> bool:
+    return run.checkpoint.save(run.model, run.optimizer, run.state, run.args)
+
+
+def _preempted(run: Run) -> bool:
+    """Whether any rank was asked to end: all must leave the loop after the same step."""
+    flag = preemption_flag["flag"]
+    if get_world_size() == 1:
+        return flag
+    return bool(dist_max(int(flag)).item())
+
+
+def _metrics(
+    run: Run,
+    speed: _Speed,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    iter_time: float,
+    data_load_time: float,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl, flat, with Lingua's keys; see the loss key's caller."""
+    args, state = run.args, run.state
+    tokens = speed.micro_batches * run.tokens_per_micro_batch
+    wps = tokens / (timer() - speed.since)
+    micro_batches = args.grad_acc_steps * state.step + state.acc_step
+    memory = run.memory.get_peak_stats()
+    return {
+        "global_step": state.step,
+        "acc_step": state.acc_step,
+        "speed/wps": wps,
+        "speed/FLOPS": run.flop_per_token * wps,
+        "speed/curr_iter_time": iter_time,
+        "speed/data_load_time": data_load_time,
+        "optim/grad_norm": grad_norm,
+        "optim/lr": lr,
+        "optim/total_tokens": run.dp_degree * micro_batches * run.tokens_per_micro_batch,
+        **{f"memory/{key}": value for key, value in memory._asdict().items()},
+    }
+
+
+def _log_line(metrics: dict[str, Any], loss: float) -> str:
+    """Lingua's line; the loss is this rank's."""
+    fields = (
+        f"step: {metrics['global_step']}",
+        f"acc: {metrics['acc_step']}",
+        f"loss: {loss:>7.4f}",
+        f"grad: {metrics['optim/grad_norm']:.2e}",
+        f"flops: {metrics['speed/FLOPS']:.2e}",
+        f"wps: {metrics['speed/wps']:.2e}",
+        f"iter: {metrics['speed/curr_iter_time']:>7.4f}",
+        f"data: {metrics['speed/data_load_time']:>5.2f}",
+        f"lr: {metrics['optim/lr']:.2e}",
+        f"mem: {metrics['memory/max_active_pct']:.0f}%",
+        f"pow: {metrics['memory/power_draw'] / 1000:.0f} W",
+    )
+    return "  ".join(fields)
+
+
+def evaluate(run: Run) -> None:
+    """Evaluate the newest checkpoint as the `eval` section says, on all ranks."""
+    from apps.main.eval import EVAL_FOLDER_NAME, EvalArgs, launch_eval
+
+    eval_args = dataclass_from_dict(EvalArgs, deepcopy(run.args.eval))
+    eval_args.global_step = run.state.step
+    eval_args.ckpt_dir = str(run.checkpoint.existing_saves[-1])
+    folder = EVAL_FOLDER_NAME.format(run.state.step)
+    eval_args.dump_dir = str(Path(run.args.dump_dir) / "evals" / folder)
+    eval_args.metric_log_dir = run.args.dump_dir
+    launch_eval(eval_args)
+
+
+def main() -> None:
+    cli_args = OmegaConf.from_cli()
+    if "config" not in cli_args:
+        sys.exit("usage: python -m apps.main.train config=FILE [key=value ...]")
+    file_cfg = OmegaConf.load(cli_args.config)
+    del cli_args.config
+    cfg = OmegaConf.merge(OmegaConf.structured(TrainArgs()), file_cfg, cli_args)
+    args = OmegaConf.to_object(cfg)
+    try:
+        if args.eval is not None:
+            raise ConfigError(
+                "eval is set, but apps.main.train of the embedded host does not evaluate: start"
+                " the run with apps.topk.train (without model.topk it trains a plain model), or"
+                " set eval=null"
+            )
+        train(args)
+    except UserError as error:
+        if get_is_master():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

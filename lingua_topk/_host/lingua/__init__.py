@@ -1,0 +1,1 @@
+"""Embedded host with the module API of Meta Lingua; see `lingua_topk.host`."""

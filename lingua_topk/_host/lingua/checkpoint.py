@@ -1,0 +1,333 @@
+"""Checkpoints by torch.distributed.checkpoint, in Lingua's layout.
+
+    <path>/<step, 10 digits>/.metadata  *.distcp  params.json  train_state_<dp_rank>.json
+                            /consolidated/consolidated.pth  params.json
+
+A checkpoint is written into a hidden folder beside its place and renamed when all of
+it is there: a folder with a checkpoint's name is a whole checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from lingua.distributed import get_is_master
+from lingua.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FOLDER_NAME = "{:010d}"
+RE_FOLDER = re.compile(r"\d{10,}")
+PARTIAL_PREFIX = ".partial_"
+
+CONSOLIDATE_FOLDER = "consolidated"
+CONSOLIDATE_NAME = "consolidated.pth"
+CONFIG_NAME = "params.json"
+TRAIN_STATE_NAME = "train_state_{:05d}.json"
+METADATA_NAME = ".metadata"
+
+
+@dataclass
+class SaveEvery:
+    every: int = 1000
+    keep: int = 0  # the newest so many are kept; 0 keeps all
+
+
+@dataclass
+class CheckpointArgs:
+    dump: SaveEvery = field(default_factory=SaveEvery)
+    eval: SaveEvery = field(default_factory=SaveEvery)
+    path: Optional[str] = None  # noqa: UP045
+    init_ckpt_path: Optional[str] = None  # noqa: UP045
+    continue_training_from_init: bool = False
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _from_master(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): remove its folder to go on from an earlier"
+            " checkpoint"
+        ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a whole distributed checkpoint, by Lingua's or our writing."""
+    return (folder / METADATA_NAME).is_file() and (folder / CONFIG_NAME).is_file()
+
+
+def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
+    """Gather the weights of a checkpoint in one file; returns the folder that holds it.
+
+    `consolidated.pth` is {"model": {name: CPU tensor}}, readable with weights_only=True.
+    Existing output is returned as it is. Raises CheckpointError.
+    """
+    ckpt_dir = Path(ckpt_dir)
+    folder = ckpt_dir / CONSOLIDATE_FOLDER
+    if (folder / CONSOLIDATE_NAME).is_file() and (folder / CONFIG_NAME).is_file():
+        return folder
+    if not is_checkpoint(ckpt_dir):
+        raise CheckpointError(
+            f"{ckpt_dir} is not a whole checkpoint ({METADATA_NAME} and {CONFIG_NAME} are needed):"
+            " give a folder such as dump_dir/checkpoints/0000001000"
+        )
+    partial = ckpt_dir / f"{PARTIAL_PREFIX}{CONSOLIDATE_FOLDER}"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir()
+    torch.save({"model": read_model(ckpt_dir)}, partial / CONSOLIDATE_NAME)
+    shutil.copy(ckpt_dir / CONFIG_NAME, partial / CONFIG_NAME)
+    _sync_folder(partial)
+    partial.rename(folder)
+    logger.info("consolidated %s", folder)
+    return folder
+
+
+def read_model(ckpt_dir: str | Path, model_key: str = "model") -> dict[str, torch.Tensor]:
+    """The weights of a distributed checkpoint as CPU tensors, by name, without a process group."""
+    reader = dcp.FileSystemReader(ckpt_dir)
+    prefix = f"{model_key}." if model_key else ""
+    wanted = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and hasattr(entry, "size")
+    }
+    if not wanted:
+        raise CheckpointError(f"{ckpt_dir} holds no tensor named {prefix}*: is it a checkpoint?")
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+
+
+def load_from_checkpoint(
+    ckpt_dir: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    model_key: str = "model",
+    optim_key: str = "optim",
+) -> None:
+    """Load the weights (and the optimizer's state) of a distributed checkpoint, in place."""
+    ckpt_dir = Path(ckpt_dir)
+    if not (ckpt_dir / METADATA_NAME).is_file():
+        raise CheckpointError(
+            f"{ckpt_dir} is not a distributed checkpoint ({METADATA_NAME} not found): give a folder"
+            " such as dump_dir/checkpoints/0000001000, not its consolidated/"
+        )
+    if optimizer is not None:
+        model_state, optim_state = get_state_dict(model, optimizer)
+        state = {model_key: model_state, optim_key: optim_state}
+        _dcp_load(state, ckpt_dir)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state[model_key],
+            optim_state_dict=state[optim_key],
+        )
+        return
+    model_state = get_model_state_dict(model)
+    _dcp_load({model_key: model_state} if model_key else model_state, ckpt_dir)
+    set_model_state_dict(model, model_state, options=StateDictOptions(strict=True))
+
+
+def _dcp_load(state: dict, ckpt_dir: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=ckpt_dir)
+    except dcp.api.CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise CheckpointError(
+            f"{ckpt_dir} cannot be loaded into this model ({first}): check that model.* is what the"
+            " checkpoint was trained with (its params.json)"
+        ) from error
+
+
+class CheckpointManager:
+    """Saves, prunes and resumes the checkpoints of one run. `args.path` must exist."""
+
+    def __init__(self, args: CheckpointArgs):
+        self.path = Path(args.path)
+        self.dump_every = args.dump
+        self.eval_every = args.eval
+        self.init_ckpt_path = args.init_ckpt_path
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"checkpoint.path={self.path} is not a folder: create it, or use"
+                " instantiate_and_make_dir"
+            )
+        self.existing_saves = self.get_existing_saves()
+
+    @classmethod
+    def instantiate_and_make_dir(cls, args: CheckpointArgs) -> "CheckpointManager":
+        if get_is_master():
+            os.makedirs(args.path, exist_ok=True)
+        _barrier()
+        return cls(args)
+
+    def get_existing_saves(self) -> list[Path]:
+        """The whole checkpoints, oldest first. Anything else in the folder is left alone."""
+        folders = (path for path in self.path.iterdir() if RE_FOLDER.fullmatch(path.name))
+        return sorted((path for path in folders if is_checkpoint(path)), key=_step)
+
+    def clean_up(self) -> None:
+        """Delete what neither `dump.keep` nor `eval.keep` keeps; steps of neither stay."""
+        kept = self._kept()
+        if get_is_master():
+            for folder in self.existing_saves:
+                if folder not in kept:
+                    logger.info("removing checkpoint %s", folder)
+                    shutil.rmtree(folder)
+        _barrier()
+        self.existing_saves = [folder for folder in self.existing_saves if folder in kept]
+
+    def _kept(self) -> set[Path]:
+        kept, claimed = set(), set()
+        for rule in (self.dump_every, self.eval_every):
+            members = [folder for folder in self.existing_saves if _step(folder) % rule.every == 0]
+            claimed.update(members)
+            kept.update(members[-rule.keep :] if rule.keep > 0 else members)
+        kept.update(folder for folder in self.existing_saves if folder not in claimed)
+        return kept
+
+    def get_last_step_path(self, dp_rank: int = 0) -> Path | None:
+        """The newest checkpoint with a train state for this rank, or None."""
+        for folder in reversed(self.existing_saves):
+            if (folder / TRAIN_STATE_NAME.format(dp_rank)).is_file():
+                return folder
+        return None
+
+    def get_state_dict(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        model_state, optim_state = get_state_dict(model, optimizer)
+        return {"model": model_state, "optim": optim_state}
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        train_state,
+        config,
+        device_mesh: DeviceMesh | None = None,
+    ) -> bool:
+        """Write the checkpoint of `train_state.step`, then prune. All ranks call it.
+
+        An existing whole checkpoint of the same step is kept: the run that made it
+        reached the same state.
+        """
+        folder = self.path / FOLDER_NAME.format(train_state.step)
+        if _from_master(is_checkpoint(folder)):
+            return True
+        partial = self.path / f"{PARTIAL_PREFIX}{folder.name}"
+        if get_is_master():
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir()
+        _barrier()
+        dcp.save(self.get_state_dict(model, optimizer), checkpoint_id=partial)
+        if get_is_master():
+            _write_json(partial / CONFIG_NAME, asdict(config))
+        rank, _ = data_parallel_rank(device_mesh)
+        _write_json(partial / TRAIN_STATE_NAME.format(rank), train_state.state_dict())
+        _barrier()
+        if get_is_master():
+            _sync_folder(partial)
+            partial.rename(folder)
+            _sync_folder(self.path)
+        _barrier()
+        logger.info("saved %s", folder)
+        self.existing_saves = self.get_existing_saves()
+        self.clean_up()
+        return True
+
+    def load(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        train_state,
+        device_mesh: DeviceMesh,
+        path: str | Path | None = None,
+    ) -> bool:
+        """Resume from `path` or the newest checkpoint; False where there is none.
+
+        Rank 0 chooses the folder for all. Weights, optimizer and train state come from
+        it; the learning rate follows the scheduler's restored state.
+        """
+        rank, size = data_parallel_rank(device_mesh)
+        folder = _from_master(Path(path) if path else self.get_last_step_path())
+        if folder is None:
+            return False
+        state_file = folder / TRAIN_STATE_NAME.format(rank)
+        if not state_file.is_file():
+            saved = len(list(folder.glob(TRAIN_STATE_NAME.format(0).replace("00000", "*"))))
+            raise CheckpointError(
+                f"{folder} was saved by {saved} data-parallel processes, this run has {size}: start"
+                f" it with {saved}, or begin a new run from its weights with"
+                f" checkpoint.init_ckpt_path={folder}"
+            )
+        logger.info("resuming from %s", folder)
+        load_from_checkpoint(folder, model, optimizer)
+        # Last, because it pushes the learning rate, which the optimizer's state holds too.
+        train_state.load_state_dict(_read_json(state_file))
+        return True
+
+
+def data_parallel_rank(device_mesh: DeviceMesh | None) -> tuple[int, int]:
+    """This process's index among those that read different data, and their number."""
+    if device_mesh is None:
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    names = device_mesh.mesh_dim_names
+    replicate = device_mesh["dp_replicate"]
+    rank, size = replicate.get_local_rank(), replicate.size()
+    if "dp_shard" in names:
+        shard = device_mesh["dp_shard"]
+        rank, size = rank * shard.size() + shard.get_local_rank(), size * shard.size()
+    return rank, size
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name)

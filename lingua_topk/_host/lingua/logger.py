@@ -1,0 +1,69 @@
+"""Log lines with rank, level, time and time since the start."""
+
+import logging
+import sys
+import time
+from datetime import datetime, timedelta
+
+from lingua.distributed import get_global_rank, get_is_slurm_job
+
+
+class LogFormatter(logging.Formatter):
+    """`<rank>: INFO    26-01-31 12:00:00.000000 - 0:01:02 - message`.
+
+    Under SLURM, where every task has a file of its own, the rank is left out.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.start_time = time.time()
+        self.rank = get_global_rank()
+        self.show_rank = not get_is_slurm_job()
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created).strftime("%y-%m-%d %H:%M:%S.%f")
+        elapsed = timedelta(seconds=round(record.created - self.start_time))
+        rank = f"{self.rank}: " if self.show_rank else ""
+        prefix = f"{rank}{record.levelname:<7} {when} - {elapsed} - "
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        return prefix + message.replace("\n", "\n" + " " * len(prefix))
+
+
+class _Below(logging.Filter):
+    def __init__(self, level: int):
+        super().__init__()
+        self.level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < self.level
+
+
+def set_root_log_level(level: str) -> None:
+    """Set the level by its name; "NOTSET" lets every record through."""
+    logging.getLogger().setLevel(getattr(logging, level.upper()))
+
+
+def init_logger(
+    log_file: str | None = None, *, name: str | None = None, level: str = "INFO"
+) -> None:
+    """Send records to stdout, warnings and errors to stderr, and rank 0's to `log_file`.
+
+    Replaces the handlers of the logger called `name` (default: the root).
+    """
+    target = logging.getLogger(name)
+    target.setLevel(level)
+    for handler in list(target.handlers):
+        target.removeHandler(handler)
+    formatter = LogFormatter()
+    out = logging.StreamHandler(sys.stdout)
+    out.addFilter(_Below(logging.WARNING))
+    err = logging.StreamHandler(sys.stderr)
+    err.setLevel(logging.WARNING)
+    handlers: list[logging.Handler] = [out, err]
+    if log_file is not None and get_global_rank() == 0:
+        handlers.append(logging.FileHandler(log_file, mode="a"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        target.addHandler(handler)

@@ -1,0 +1,148 @@
+"""How a model is spread over processes: the mesh, FSDP2, recomputation, compilation."""
+
+import logging
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from lingua.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+# What activation checkpointing keeps rather than computes again: the matrix products
+# and the attention, which is where the time goes.
+default_no_recompute_ops = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}
+
+
+def get_device_mesh(distributed_args) -> DeviceMesh:
+    """Processes as (dp_replicate, dp_shard); dp_shard is left out where it would be idle."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, names = [distributed_args.dp_replicate], ["dp_replicate"]
+    if distributed_args.dp_shard > 1 or distributed_args.fsdp_type == "no_shard":
+        shape.append(distributed_args.dp_shard)
+        names.append("dp_shard")
+    return init_device_mesh(device_type, tuple(shape), mesh_dim_names=tuple(names))
+
+
+def get_module(module: nn.Module, access_string: str) -> nn.Module:
+    """The submodule at a dotted path."""
+    return module.get_submodule(access_string)
+
+
+def set_module(module: nn.Module, access_string: str, value: nn.Module) -> None:
+    """Put `value` in the place of the submodule at a dotted path."""
+    parent, _, name = access_string.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
+
+
+def default_fsdp_grouping_plan(n_layers: int) -> list[tuple[str, bool]]:
+    """One group a layer; the last need not be freed, backward begins with it."""
+    return [(f"layers.{i}", i < n_layers - 1) for i in range(n_layers)]
+
+
+def get_default_policy(no_recompute_ops=None):
+    """A policy for selective activation checkpointing that keeps the listed operators."""
+    kept = default_no_recompute_ops if no_recompute_ops is None else no_recompute_ops
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def parallelize_model(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    model_args,
+    distributed_args,
+    fsdp_grouping_plan: list[tuple[str, bool]] | None = None,
+    tp_parallelize=None,
+    no_recompute_ops=None,
+) -> nn.Module:
+    """Apply activation checkpointing, FSDP2 and compilation, in this order, in place.
+
+    The master weights keep their dtype; the forward and backward run in
+    `distributed.model_dtype`, gradients are summed in float32 or better.
+    """
+    if distributed_args.tp_size > 1:
+        tp_parallelize(model, device_mesh["tp"], model_args, distributed_args)
+    if distributed_args.selective_activation_checkpointing:
+        _recompute_blocks(model, model_args.n_layers, no_recompute_ops)
+    _shard(model, device_mesh, distributed_args, fsdp_grouping_plan, model_args.n_layers)
+    if distributed_args.compile:
+        torch._dynamo.config.cache_size_limit = distributed_args.compile_cache_size_limit
+        model.compile()
+    return model
+
+
+def _recompute_blocks(model: nn.Module, n_layers: int, no_recompute_ops) -> None:
+    """One wrapper a block: what lives between blocks is kept, the rest follows the policy."""
+
+    def contexts():
+        return create_selective_checkpoint_contexts(get_default_policy(no_recompute_ops))
+
+    for i in range(n_layers):
+        block = get_module(model, f"layers.{i}")
+        set_module(model, f"layers.{i}", checkpoint_wrapper(block, context_fn=contexts))
+
+
+def _shard(model, device_mesh, distributed_args, plan, n_layers) -> None:
+    if distributed_args.fsdp_type not in ("no_shard", "full_shard"):
+        raise ConfigError(
+            f"distributed.fsdp_type={distributed_args.fsdp_type!r} is not known: choose no_shard or"
+            " full_shard"
+        )
+    dtype = TORCH_DTYPES[distributed_args.model_dtype]
+    reduce_dtype = torch.promote_types(dtype, torch.float32)
+    settings = {
+        "mesh": device_mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype),
+    }
+    for path, reshard in plan or default_fsdp_grouping_plan(n_layers):
+        fully_shard(get_module(model, path), **settings, reshard_after_forward=reshard)
+    fully_shard(model, **settings, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def check_model_value_range(model: nn.Module, range: float = 1e3, std: float = 1e3) -> None:
+    """Warn of parameters and buffers that look uninitialised or out of proportion."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        complaint = _complaint(local, range, std)
+        if complaint and not (local.numel() == 0 and tensor.numel() > 0):
+            logger.warning("%s %s", name, complaint)
+
+
+def _complaint(x: torch.Tensor, range: float, std: float) -> str | None:
+    if x.numel() == 0:
+        return "is empty"
+    if not x.is_floating_point():
+        return None
+    if not torch.isfinite(x).all():
+        return "holds NaN or infinite values"
+    if not x.any():
+        return "is zero throughout"
+    low, high = torch.aminmax(x)
+    if high - low > range:
+        return f"spans {(high - low).item():.3g}, more than {range:g}"
+    if x.numel() > 1 and x.std() > std:
+        return f"has a standard deviation of {x.std().item():.3g}, more than {std:g}"
+    return None

@@ -1,0 +1,52 @@
+"""Schedules of alpha: from 1 to 0 over the first part of training, 0 from then on."""
+
+import math
+from collections.abc import Callable
+
+from lingua_topk.errors import ConfigError
+
+# How much of the fall the exponential schedule has left after half of its time: e^-2.5.
+_EXPONENTIAL_RATE = 5.0
+
+
+def _linear(p: float) -> float:
+    return 1.0 - p
+
+
+def _cosine(p: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * p))
+
+
+def _exponential(p: float) -> float:
+    end = math.exp(-_EXPONENTIAL_RATE)
+    return (math.exp(-_EXPONENTIAL_RATE * p) - end) / (1.0 - end)
+
+
+def _step(p: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "step": _step,
+}
+
+
+def alpha_at(step: int, n_steps: int, anneal_ratio: float, schedule: str = "linear") -> float:
+    """alpha during optimizer step `step` (the first is 0) of a run of `n_steps`.
+
+    1 at step 0 and 0 from step `anneal_ratio * n_steps` on; 0 throughout when the
+    ratio is 0. With p the share of the annealing that has passed: "linear" is 1 - p,
+    "cosine" (1 + cos(pi p)) / 2, "exponential" e^(-5 p) shifted and scaled to run from
+    1 to 0, and "step" 1 until the end of the annealing.
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(
+            f"anneal_schedule={schedule!r} is not known: choose one of {', '.join(SCHEDULES)}"
+        )
+    length = anneal_ratio * n_steps
+    if step >= length:
+        return 0.0
+    return SCHEDULES[schedule](step / length)

@@ -1,0 +1,157 @@
+"""Which host runs underneath, Meta Lingua or the embedded one, and how it is bound.
+
+Standard library only. A host is a root folder that holds both
+`lingua/transformer.py` and `apps/main/train.py`. Binding puts that root's `lingua`
+into `sys.modules` by its path, so that neither another root on `sys.path` nor an
+unrelated package called `lingua` can take its place, and appends only that root's
+`apps` folder to our `apps.__path__`.
+"""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, MutableSequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lingua_topk.errors import HostError
+
+logger = logging.getLogger(__name__)
+
+HOST_VARIABLE = "LINGUA_TOPK_HOST"
+HOME_VARIABLE = "LINGUA_HOME"
+CHOICES = ("auto", "lingua", "embedded")
+MARKS = ("lingua/transformer.py", "apps/main/train.py")
+EMBEDDED_ROOT = Path(__file__).resolve().parent / "_host"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A chosen host: `kind` is "lingua" or "embedded", `root` the folder it lives in."""
+
+    kind: str
+    root: Path
+    commit: str | None = None
+
+    def describe(self) -> str:
+        """One phrase for logs and for the files written beside results."""
+        if self.kind == "embedded":
+            return "embedded host"
+        return f"Meta Lingua at {self.root}, commit {self.commit or 'unknown'}"
+
+
+_bound: Host | None = None
+
+
+def bound() -> Host | None:
+    """The host this process has bound, or None."""
+    return _bound
+
+
+def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Host:
+    """Pick the host from LINGUA_TOPK_HOST, LINGUA_HOME and the working directory.
+
+    Raises HostError, saying what was looked for and where, when a host is forced
+    that is not there.
+    """
+    environ = os.environ if environ is None else environ
+    wanted = environ.get(HOST_VARIABLE, "auto")
+    if wanted not in CHOICES:
+        raise HostError(
+            f"{HOST_VARIABLE}={wanted!r} is not a host: allowed are {', '.join(CHOICES)}"
+        )
+    if wanted == "embedded":
+        return Host("embedded", EMBEDDED_ROOT)
+    root = _find_checkout(environ, cwd or Path.cwd())
+    if root is not None:
+        return Host("lingua", root, _commit(root))
+    if wanted == "lingua":
+        raise HostError(
+            f"{HOST_VARIABLE}=lingua, but {HOME_VARIABLE} is not set and {cwd or Path.cwd()} is no"
+            f" checkout of facebookresearch/lingua (looked for {' and '.join(MARKS)}):"
+            f" set {HOME_VARIABLE} to a checkout, or {HOST_VARIABLE}=embedded"
+        )
+    return Host("embedded", EMBEDDED_ROOT)
+
+
+def _find_checkout(environ: Mapping[str, str], cwd: Path) -> Path | None:
+    home = environ.get(HOME_VARIABLE)
+    if home:
+        root = Path(home).expanduser().resolve()
+        missing = [mark for mark in MARKS if not (root / mark).is_file()]
+        if missing:
+            raise HostError(
+                f"{HOME_VARIABLE}={home!r} is not a checkout of facebookresearch/lingua:"
+                f" {', '.join(missing)} not found there; correct it, or unset it to use the"
+                " embedded host"
+            )
+        return root
+    return cwd.resolve() if _is_checkout(cwd) else None
+
+
+def _is_checkout(root: Path) -> bool:
+    return all((root / mark).is_file() for mark in MARKS)
+
+
+def _commit(root: Path) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def bind(apps_path: MutableSequence[str], host: Host | None = None) -> Host:
+    """Make `lingua` and `apps.main` mean those of `host` (default: `choose()`).
+
+    `apps_path` is the `__path__` of the `apps` package. Binding the same host again
+    does nothing; another one raises HostError, since a process that mixed two hosts
+    would fail in ways that nobody could read.
+    """
+    global _bound
+    host = host or choose()
+    if _bound is not None and _bound.root != host.root:
+        raise HostError(
+            f"this process already runs on the {_bound.describe()}; {host.describe()} needs a new"
+            " process"
+        )
+    _bind_lingua(host)
+    folder = str(host.root / "apps")
+    if folder not in apps_path:
+        apps_path.append(folder)
+    _bound = host
+    return host
+
+
+def _bind_lingua(host: Host) -> None:
+    folder = host.root / "lingua"
+    loaded = sys.modules.get("lingua")
+    if loaded is not None:
+        where = [Path(entry).resolve() for entry in getattr(loaded, "__path__", [])]
+        if where == [folder]:
+            return
+        raise HostError(
+            f"a package called lingua is already imported from {where or loaded!r}, but the host"
+            f" is {folder}: import apps before it, or start a new process"
+        )
+    spec = importlib.util.spec_from_file_location(
+        "lingua", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["lingua"] = module
+    spec.loader.exec_module(module)
+
+
+def bind_or_exit(apps_path: MutableSequence[str]) -> None:
+    """`bind`, for the import of `apps`: a user's mistake ends the program with one line."""
+    try:
+        bind(apps_path)
+    except HostError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None

@@ -1,0 +1,35 @@
+"""The TopK module: the operator with its settings, in the place where a model calls it."""
+
+from torch import Tensor, nn
+
+from lingua_topk.ops import topk
+from lingua_topk.ops.topk import check_activation, check_alpha, check_k
+from lingua_topk.stats import FiringStats
+
+
+class TopK(nn.Module):
+    """y = TopK(x) or, for a residual stream, y = TopK(h + update). No parameters, no buffers.
+
+    Attributes:
+        alpha: annealing coefficient in [0, 1]; a float, so that it is a part of no state
+            dict. It moves every step; compiled models take it as an input.
+        stats: counts what fires, or None.
+    """
+
+    def __init__(self, k: int, activation: str = "relu", alpha: float = 0.0):
+        super().__init__()
+        self.k = check_k(k)
+        self.activation = check_activation(activation)
+        self.alpha = float(check_alpha(alpha))
+        self.stats: FiringStats | None = None
+
+    def forward(self, h: Tensor, update: Tensor | None = None) -> Tensor:
+        """h and update: [..., D]. The sum is taken here, beside the selection."""
+        x = h if update is None else h + update
+        y = topk(x, self.k, self.alpha, self.activation)
+        if self.stats is not None:
+            self.stats.update(y)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, activation={self.activation}, alpha={self.alpha}"

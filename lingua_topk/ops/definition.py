@@ -1,0 +1,64 @@
+"""TopK as it is defined, in plain torch: what every faster backend is tested against.
+
+For a row x of width D, T the k-th largest component of x, f the activation and a in
+[0, 1] (arXiv 2506.21468, and the annealed form of its section on training):
+
+    y_i = f(x_i)        where x_i >= T
+    y_i = a f(x_i)      elsewhere
+
+with T a constant to the gradient: dy_i/dx_i = f'(x_i) (a + (1 - a) 1{x_i >= T}).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "identity": _identity,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+def topk_definition(x: Tensor, k: int, alpha: float | Tensor, activation: str) -> Tensor:
+    """TopK of the last dimension, arguments already checked; see `lingua_topk.topk`.
+
+    x and the result: [..., D], any floating dtype. alpha: a float, or a 0-d tensor on
+    the device of x.
+    """
+    f_x = ACTIVATIONS[activation](x)  # [..., D]
+    if k >= x.shape[-1] or (not isinstance(alpha, Tensor) and alpha == 1):
+        return f_x
+    kept, poison = select(x, k)  # [..., D], [..., 1]
+    if isinstance(alpha, Tensor):
+        # An infinite f(x) must not meet a factor of zero.
+        rest = torch.where(alpha == 0, torch.zeros_like(f_x), alpha.to(f_x.dtype) * f_x)
+        y = torch.where(kept, f_x, rest + poison)
+        return torch.where(alpha == 1, f_x, y)
+    if alpha == 0:
+        return torch.where(kept, f_x, poison)
+    return torch.where(kept, f_x, alpha * f_x + poison)
+
+
+@torch.no_grad()
+def select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Which components of each row are at least its k-th largest.
+
+    x: [..., D] with 1 <= k < D. Returns kept, bool [..., D], ties at the threshold
+    included; and poison, dtype of x [..., 1]: zero, or NaN for a row that holds a NaN.
+    Nothing of such a row is kept, so that adding `poison` to what is not kept makes
+    the whole row NaN instead of passing a part of it on as if nothing had happened.
+    """
+    largest = torch.topk(x, k, dim=-1).values  # [..., k], falling, NaN first
+    has_nan = largest[..., :1].isnan()  # [..., 1]
+    threshold = torch.where(has_nan, torch.nan, largest[..., -1:])
+    poison = torch.where(has_nan, torch.nan, 0.0).to(x.dtype)
+    return x >= threshold, poison

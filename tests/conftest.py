@@ -1,0 +1,7 @@
+"""The suite runs on the embedded host; tests/host_contract starts others in subprocesses."""
+
+import os
+
+os.environ["LINGUA_TOPK_HOST"] = "embedded"
+
+import apps  # noqa: E402, F401  (binds `lingua` before a test imports it)
