@@ -4,4 +4,4 @@ import os
 
 os.environ["LINGUA_TOPK_HOST"] = "embedded"
 
-import apps  # noqa: E402, F401  (binds `lingua` before a test imports it)
+import apps  # noqa: F401  (binds `lingua` before a test imports it)

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
 from lingua_topk import TopKHandle
 from lingua_topk.anneal import alpha_at
-from torch.optim.lr_scheduler import LambdaLR
 
 
 class AnnealingScheduler:

@@ -2,22 +2,28 @@
 
 import difflib
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lingua_topk.errors import ConfigError
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from lingua_topk.errors import ConfigError
+
+# How long process 0 has to report what all processes met.
+SECONDS_FOR_FIRST = 3.0
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a user's mistake becomes one line on stderr and its exit status.
 
     An exception that carries `exit_status` is meant for the user, ours and the embedded
-    host's alike. Every process meets the same mistake, so only the first one speaks.
+    host's alike.
     """
     try:
         main()
@@ -27,9 +33,22 @@ def run(main: Callable[[], None]) -> None:
         status = getattr(error, "exit_status", None)
         if status is None:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
+        _let_the_first_speak()
+        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
+
+
+def _let_the_first_speak() -> None:
+    """Wait in all processes but the first, which a mistake in a config makes end as well.
+
+    When one process has ended, its launcher ends the others: they are gone before they
+    repeat the line. What only this process met, such as damage in its share of the data, is
+    still reported.
+    """
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training handles it in its own way
+    time.sleep(SECONDS_FOR_FIRST)
 
 
 def one_line(text: str) -> str:
@@ -92,7 +111,8 @@ def read_yaml(path: str) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config={path} is not readable as YAML: {one_line(str(error))}") from None
+        reason = one_line(str(error))
+        raise ConfigError(f"config={path} is not readable as YAML: {reason}") from None
     if not isinstance(config, DictConfig):
         raise ConfigError(f"config={path} holds no mapping: write one `key: value` a line")
     return config

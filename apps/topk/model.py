@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from lingua_topk import TopKArgs, apply_topk
-
 from apps.main.train import TrainArgs
 from apps.main.transformer import LMTransformer, LMTransformerArgs
+from lingua_topk import TopKArgs, apply_topk
 
 
 @dataclass

@@ -9,8 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import lingua_topk
 import torch
+
+import lingua_topk
 from lingua_topk import host
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from lingua_topk import topk_handle
-from lingua_topk.errors import HostError
-
 from apps.topk.annealing import AnnealingScheduler
 from apps.topk.model import TopKTransformer
+from lingua_topk import topk_handle
+from lingua_topk.errors import HostError
 
 logger = logging.getLogger(__name__)
 

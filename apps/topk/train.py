@@ -1,16 +1,13 @@
 """Train a TopK language model, or its vanilla twin, with the host's training loop."""
 
-from pathlib import Path
-
 import torch.distributed as dist
 import yaml
-from lingua_topk import TopKArgs, host
-from lingua_topk.errors import ConfigError
 
 from apps.topk import cli
 from apps.topk.model import TopKTrainArgs
-from apps.topk.provenance import provenance, write_json
 from apps.topk.seam import install
+from lingua_topk import TopKArgs
+from lingua_topk.errors import ConfigError
 
 PROGRAM = "apps.topk.train"
 DESCRIPTION = """\

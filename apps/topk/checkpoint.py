@@ -1,0 +1,178 @@
+"""Reading a checkpoint: its arguments, its tokenizer, its model with the weights in it.
+
+Written by either host: a distributed checkpoint (dump_dir/checkpoints/0000001000), or the
+folder with consolidated.pth that was made from one.
+"""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf.errors import OmegaConfBaseException
+
+from apps.topk.cli import one_line
+from apps.topk.model import TopKTransformer, TopKTransformerArgs
+from lingua.args import dataclass_from_dict
+from lingua.checkpoint import load_from_checkpoint
+from lingua.tokenizer import TokenizerArgs, build_tokenizer
+from lingua_topk import topk_handle
+from lingua_topk.anneal import alpha_at
+from lingua_topk.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "params.json"
+METADATA_NAME = ".metadata"
+CONSOLIDATED_NAME = "consolidated.pth"
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder says of itself.
+
+    Attributes:
+        folder: where it lies.
+        params: the training run's whole config.
+        model_args: of the model, with `topk` where it has TopK.
+        step: optimizer steps done, or None where the folder's name does not tell.
+    """
+
+    folder: Path
+    params: dict[str, Any]
+    model_args: TopKTransformerArgs
+    step: int | None
+
+    @property
+    def alpha(self) -> float:
+        """The annealing coefficient that training would go on with; 0 for a vanilla model."""
+        topk = self.model_args.topk
+        if topk is None or self.step is None:
+            return 0.0
+        n_steps = self.params["steps"]
+        return alpha_at(self.step, n_steps, topk.anneal_ratio, topk.anneal_schedule)
+
+    def tokenizer(self):
+        """The tokenizer that the model was trained with."""
+        args = dataclass_from_dict(TokenizerArgs, self.params["data"]["tokenizer"])
+        tokenizer = build_tokenizer(args.name, args.path)
+        if tokenizer.n_words > self.model_args.vocab_size:
+            raise CheckpointError(
+                f"{self.folder}: its tokenizer ({args.name}, {args.path}) now has"
+                f" {tokenizer.n_words} tokens, the model {self.model_args.vocab_size}: put the"
+                " file back that the model was trained with"
+            )
+        return tokenizer
+
+    def model(
+        self, device: torch.device | str, dtype: torch.dtype, as_trained: bool = False
+    ) -> TopKTransformer:
+        """The model in evaluation mode, with its weights.
+
+        alpha is 0, or with `as_trained` what training had reached.
+        """
+        model = TopKTransformer(self.model_args)
+        self._load(model)
+        handle = topk_handle(model)
+        if handle is not None and self.alpha > 0:
+            if as_trained:
+                handle.alpha = self.alpha
+            logger.warning(
+                "%s lies inside the annealing phase (alpha %.3f); it is used with alpha %.3f",
+                self.folder, self.alpha, handle.alpha,
+            )  # fmt: skip
+        model = model.eval().requires_grad_(False)
+        for parameter in model.parameters():  # the rotary table stays in float32
+            parameter.data = parameter.data.to(device=device, dtype=dtype)
+        return model.to(device)
+
+    def _load(self, model: TopKTransformer) -> None:
+        if (self.folder / METADATA_NAME).is_file():
+            load_from_checkpoint(str(self.folder), model, model_key="model")
+        else:
+            _load_consolidated(self.folder / CONSOLIDATED_NAME, model)
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CheckpointError(
+                    f"{self.folder}: {name} holds NaN or infinite values; use an earlier checkpoint"
+                )
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """The checkpoint in `folder`. CheckpointError where there is none, or not a whole one."""
+    folder = Path(folder)
+    if not str(folder) or not folder.is_dir():
+        raise CheckpointError(
+            f"ckpt_dir={str(folder)!r} is not a folder: give one such as"
+            " DUMP_DIR/checkpoints/0000001000"
+        )
+    if not any((folder / name).is_file() for name in (METADATA_NAME, CONSOLIDATED_NAME)):
+        raise CheckpointError(
+            f"ckpt_dir={str(folder)!r} holds neither {METADATA_NAME} nor {CONSOLIDATED_NAME}: give"
+            f" the folder of one checkpoint{_example(folder)}"
+        )
+    params = _read_params(folder / CONFIG_NAME)
+    # A consolidated folder lies inside the checkpoint it was made from.
+    name = folder.parent.name if folder.name == "consolidated" else folder.name
+    return Checkpoint(
+        folder=folder,
+        params=params,
+        model_args=_model_args(folder, params),
+        step=int(name) if re.fullmatch(r"\d{10,}", name) else None,
+    )
+
+
+def newest_checkpoint(dump_dir: str | Path) -> Path:
+    """The folder of the last checkpoint of a run. CheckpointError where there is none."""
+    found = sorted(Path(dump_dir, "checkpoints").glob(f"[0-9]*/{METADATA_NAME}"))
+    if not found:
+        raise CheckpointError(f"{dump_dir} has no checkpoint: give the dump_dir of a training run")
+    return found[-1].parent
+
+
+def _example(folder: Path) -> str:
+    inside = sorted(folder.glob(f"**/{METADATA_NAME}"))
+    return f", for example {inside[-1].parent}" if inside else ""
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+        if all(key in params for key in ("model", "data", "steps", "distributed")):
+            return params
+        reason = "model, data, steps or distributed is missing"
+    except (OSError, ValueError, TypeError) as error:
+        reason = one_line(str(error))
+    raise CheckpointError(f"{path} is not the config of a training run ({reason})")
+
+
+def _model_args(folder: Path, params: dict[str, Any]) -> TopKTransformerArgs:
+    try:
+        args = dataclass_from_dict(TopKTransformerArgs, params["model"])
+    except OmegaConfBaseException as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: model is not one that this version knows"
+            f" ({one_line(str(error).splitlines()[0])})"
+        ) from None
+    if args.topk is not None:
+        args.topk.validate(args.n_layers)
+    return args
+
+
+def _load_consolidated(path: Path, model: TopKTransformer) -> None:
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        model.load_state_dict(weights)
+    except Exception as error:  # a damaged file raises a dozen kinds
+        raise CheckpointError(
+            f"{path} cannot be loaded into this model: {one_line(str(error))[:300]}"
+        ) from None

@@ -1,0 +1,229 @@
+"""Evaluate a checkpoint: token-weighted perplexity on held-out documents, and measured L0."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from apps.topk import cli
+from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from apps.topk.corpus.local_files import LocalFiles
+from apps.topk.corpus.tally import Tally
+from apps.topk.provenance import provenance, write_json
+from apps.topk.validation import measures, negative_log_likelihoods, tokenised
+from lingua.distributed import (
+    DistributedArgs,
+    get_global_rank,
+    get_is_master,
+    get_local_rank,
+    get_world_size,
+    setup_torch_distributed,
+)
+from lingua.logger import init_logger
+from lingua_topk.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = "apps.topk.eval"
+DESCRIPTION = """\
+Evaluate one checkpoint. Several processes share the work:
+  torchrun --nproc-per-node 8 -m apps.topk.eval config=FILE ckpt_dir=DIR dump_dir=DIR
+Writes DUMP_DIR/validation.json: for every source the negative log-likelihood a token (nats),
+perplexity, bits a byte, and the mean number of survivors a token of every TopK layer."""
+NOTES = """\
+ckpt_dir is the folder of one checkpoint, such as DUMP_DIR/checkpoints/0000001000.
+validation.sources are .jsonl files or folders with *.val.jsonl files; those of the sources that
+the model was trained on are added unless validation.use_val_from_train_src=false."""
+
+VALIDATION_PATTERN = "*.val.jsonl"
+TEXT_KEYS = ["text", "content"]
+
+
+@dataclass
+class ValidationArgs:
+    """Which documents, and how they are read; see `apps.topk.validation`."""
+
+    # Documents a source; null: all of them.
+    max_documents: Optional[int] = None  # noqa: UP045 (OmegaConf reads this spelling only)
+    # Also the *.val.jsonl files of the sources that the model was trained on.
+    use_val_from_train_src: bool = True
+    root_dir: str = ""
+    sources: list[str] = field(default_factory=list)
+    # Tokens that the model sees at once; null: as in training.
+    window: Optional[int] = None  # noqa: UP045
+    # Least tokens before a scored one, where the document has them; null: half the window.
+    context: Optional[int] = None  # noqa: UP045
+    # Tokens a batch, padding included.
+    batch_tokens: int = 4096
+
+
+@dataclass
+class EvalArgs:
+    name: str = "evals"
+    dump_dir: Optional[str] = None  # noqa: UP045
+    # Where metrics.validation.jsonl is appended to; training sets its own dump_dir.
+    metric_log_dir: Optional[str] = None  # noqa: UP045
+    ckpt_dir: str = ""
+    validation: ValidationArgs = field(default_factory=ValidationArgs)
+    # fp64, fp32, bf16 or fp16; null: as in training.
+    dtype: Optional[str] = None  # noqa: UP045
+    # Evaluate a checkpoint from inside the annealing phase with the alpha it had reached.
+    as_trained: bool = False
+    global_step: Optional[int] = None  # noqa: UP045
+
+
+def main() -> None:
+    args = cli.read_config(EvalArgs, PROGRAM, DESCRIPTION, NOTES)
+    init_logger()
+    setup_torch_distributed(DistributedArgs())
+    try:
+        results = launch_eval(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if get_is_master():
+        print(summary(results))
+
+
+def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
+    """Evaluate `args.ckpt_dir`; every process calls it. The measures by source.
+
+    Process 0 writes validation.json and, with metric_log_dir, a line of
+    metrics.validation.jsonl.
+    """
+    if not args.dump_dir:
+        raise ConfigError("dump_dir is not set: give a folder for what the evaluation writes")
+    checkpoint = open_checkpoint(args.ckpt_dir)
+    sources = find_sources(args.validation, checkpoint.params["data"])
+    window, context = _window_and_context(args.validation, checkpoint)
+    dtype = _dtype(args, checkpoint)
+    tokenizer = checkpoint.tokenizer()
+    model = checkpoint.model(_device(), DTYPES[dtype], args.as_trained)
+    results = {}
+    for name, files in sources.items():
+        documents = tokenised(_texts(files, name, args.validation.max_documents), tokenizer)
+        nll, l0 = negative_log_likelihoods(
+            model, documents, window, context, args.validation.batch_tokens, f"evaluating {name}"
+        )
+        result = {**measures(documents, nll), "window": window, "context": context}
+        results[name] = {**result, "l0": {str(layer): mean for layer, mean in l0.items()}}
+    if get_global_rank() == 0:
+        _write(args, checkpoint, dtype, results)
+    _barrier()
+    return results
+
+
+def find_sources(args: ValidationArgs, data: dict[str, Any]) -> dict[str, list[Path]]:
+    """The files of every source, by the name it has in the results.
+
+    data: the data section of the training config. ConfigError, DataError.
+    """
+    paths = [Path(args.root_dir, source) for source in args.sources]
+    if args.use_val_from_train_src:
+        paths += [Path(data["root_dir"] or "", source) for source in data["sources"]]
+    if not paths:
+        raise ConfigError(
+            "validation.sources is empty and validation.use_val_from_train_src=false: name at"
+            " least one source"
+        )
+    names = [path.name for path in paths]
+    return {path.name if names.count(path.name) == 1 else str(path): _files(path) for path in paths}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = sorted(path.glob(VALIDATION_PATTERN))
+    if not files:
+        raise DataError(
+            f"validation: {path} is neither a file nor a folder with {VALIDATION_PATTERN} files:"
+            " prepare it with python -m apps.topk.prepare, or name another in validation.sources"
+        )
+    return files
+
+
+def _texts(files: list[Path], name: str, max_documents: int | None) -> list[str]:
+    tally = Tally()
+    texts = [
+        text for file in files for text in LocalFiles(file, str(file), TEXT_KEYS).documents(tally)
+    ]
+    for line in tally.lines():
+        logger.warning("%s: %s", name, cli.one_line(line))
+    return texts[:max_documents]
+
+
+def _window_and_context(args: ValidationArgs, checkpoint: Checkpoint) -> tuple[int, int]:
+    longest = checkpoint.model_args.max_seqlen
+    window = longest if args.window is None else args.window
+    if not 2 <= window <= longest:
+        raise ConfigError(
+            f"validation.window={window} is not allowed: give 2 to {longest}, the length that the"
+            " model was trained with"
+        )
+    context = window // 2 if args.context is None else args.context
+    if not 1 <= context < window:
+        raise ConfigError(
+            f"validation.context={context} is not allowed: give 1 to {window - 1}, less than"
+            f" validation.window={window}"
+        )
+    for name in ("batch_tokens", "max_documents"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"validation.{name}={value} is too small: give at least 1")
+    return window, context
+
+
+def _dtype(args: EvalArgs, checkpoint: Checkpoint) -> str:
+    dtype = args.dtype or checkpoint.params["distributed"]["model_dtype"]
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", get_local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write(
+    args: EvalArgs, checkpoint: Checkpoint, dtype: str, results: dict[str, dict[str, Any]]
+) -> None:
+    origin = provenance(
+        checkpoint=str(checkpoint.folder), step=checkpoint.step, dtype=dtype,
+        processes=get_world_size(), args=args.__dict__ | {"validation": args.validation.__dict__},
+    )  # fmt: skip
+    write_json(Path(args.dump_dir, "validation.json"), {**results, "provenance": origin})
+    if args.metric_log_dir:
+        line = {"created_at": datetime.now(timezone.utc).isoformat(), **results}
+        if args.global_step is not None:
+            line["global_step"] = args.global_step
+        path = Path(args.metric_log_dir, "metrics.validation.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + os.linesep)
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """A line a source, for the terminal and the log."""
+    return "\n".join(
+        f"{name}: perplexity {result['perplexity']:.3f},"
+        f" {result['bits_per_byte']:.4f} bits a byte,"
+        f" {result['nll_per_token']:.4f} +- {result['nll_per_token_stderr']:.4f} nats a token,"
+        f" {result['tokens']:,} tokens in {result['documents']:,} documents"
+        for name, result in results.items()
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

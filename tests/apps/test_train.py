@@ -1,0 +1,227 @@
+"""Training through the seam: mini-models learn, alpha falls, counts are right, runs go on."""
+
+import json
+import logging
+import os
+import signal
+
+import pytest
+import torch
+
+import apps.main.eval as eval_module
+import apps.main.train as train_module
+from apps.topk import seam
+from apps.topk.model import TopKTransformer
+from apps.topk.train import train
+from lingua_topk import topk_handle
+from lingua_topk.anneal import alpha_at
+from lingua_topk.errors import HostError
+from tests.apps.tiny import K, read_metrics, train_args, write_corpus
+
+TOKENS_A_STEP = 4 * 32
+
+
+@pytest.fixture(autouse=True)
+def undisturbed():
+    """Training takes over log handlers, signal handlers and the number generator."""
+    root = logging.getLogger()
+    handlers, level, generator = list(root.handlers), root.level, torch.get_rng_state()
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    root.handlers[:], root.level = handlers, level
+    torch.set_rng_state(generator)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus, tmp_path_factory):
+    """The metrics of an uninterrupted run of a TopK model, and its folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(train_args(corpus, folder))
+    return read_metrics(folder), folder
+
+
+def signal_at(monkeypatch, step, number):
+    """Have this process get a signal during optimizer step `step`."""
+    original = train_module._optimizer_step
+
+    def optimizer_step(run):
+        norm = original(run)
+        if run.state.step == step:
+            os.kill(os.getpid(), number)
+        return norm
+
+    monkeypatch.setattr(train_module, "_optimizer_step", optimizer_step)
+
+
+def mean_loss(metrics):
+    return sum(line["loss/out"] for line in metrics) / len(metrics)
+
+
+def test_a_topk_model_learns(whole_run):
+    metrics, _ = whole_run
+    assert [line["global_step"] for line in metrics] == list(range(1, 31))
+    assert mean_loss(metrics[-5:]) < 0.7 * mean_loss(metrics[:3])
+
+
+def test_the_vanilla_twin_learns_and_reports_no_topk(corpus, tmp_path):
+    train(train_args(corpus, tmp_path / "run", "model.topk=null"))
+    metrics = read_metrics(tmp_path / "run")
+    assert mean_loss(metrics[-5:]) < 0.7 * mean_loss(metrics[:3])
+    assert not [key for key in metrics[-1] if key.startswith("topk/")]
+
+
+def test_without_a_section_and_with_null_it_is_the_same_vanilla_model(corpus, tmp_path):
+    absent = train_args(corpus, tmp_path)
+    absent.model = type(absent.model)(dim=32, n_layers=1, n_heads=2, vocab_size=258)
+    null = train_args(corpus, tmp_path, "model.topk=null")
+    assert absent.model.topk is None and null.model.topk is None
+    assert topk_handle(TopKTransformer(absent.model)) is None
+
+
+def test_alpha_follows_the_schedule(whole_run):
+    metrics, _ = whole_run
+    for line in metrics:
+        # The line of global_step s reports the step that made it: index s - 1.
+        assert line["topk/alpha"] == alpha_at(line["global_step"] - 1, 30, 0.5)
+    assert metrics[0]["topk/alpha"] == 1 and metrics[-1]["topk/alpha"] == 0
+
+
+def test_after_annealing_k_neurons_fire(whole_run):
+    metrics, _ = whole_run
+    hard = [line for line in metrics if line["topk/alpha"] == 0]
+    assert len(hard) == 15
+    for line in hard:
+        assert {key for key in line if key.startswith("topk/l0/")} == {"topk/l0/0", "topk/l0/1"}
+        for layer in (0, 1):
+            assert line[f"topk/l0/{layer}"] == pytest.approx(K, abs=0.05)
+    assert metrics[0]["topk/l0/0"] > 2 * K  # alpha = 1: a plain ReLU
+
+
+def test_counts_equal_those_of_a_naive_observer(corpus, tmp_path, monkeypatch):
+    """L0 and dead neurons, recomputed from the layers' outputs that a hook sees."""
+    window = 5 * TOKENS_A_STEP
+    fired = {0: [], 1: []}  # for every micro-batch, bool [N, D]
+
+    class Observed(TopKTransformer):
+        def __init__(self, args):
+            super().__init__(args)
+            for layer, module in topk_handle(self).modules.items():
+                module.register_forward_hook(
+                    lambda m, i, y, layer=layer: fired[layer].append(y.detach().flatten(0, 1) != 0)
+                )
+
+    monkeypatch.setattr(seam, "TopKTransformer", Observed)
+    extra = [f"model.topk.dead_window={window}", "grad_acc_steps=2", "logging.freq=2", "steps=16"]
+    train(train_args(corpus, tmp_path / "run", *extra))
+    metrics = read_metrics(tmp_path / "run")
+    assert len(metrics) == 8
+    died = 0
+    for number, line in enumerate(metrics, 1):
+        for layer in (0, 1):
+            seen = fired[layer][: 4 * number]  # two micro-batches a step, two steps a line
+            l0 = torch.cat(seen[-4:]).sum(dim=1).double().mean().item()
+            assert line[f"topk/l0/{layer}"] == pytest.approx(l0)
+            # Idle time is counted in whole micro-batches.
+            in_window = torch.stack([one.any(dim=0) for one in seen[-5:]]).any(dim=0)
+            dead = (~in_window).double().mean().item() if len(seen) >= 5 else 0.0
+            assert line[f"topk/dead/{layer}"] == pytest.approx(dead)
+            died += dead > 0
+    assert died, "no neuron ever died: the test shows nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_stopped_run_goes_on_where_it_was(corpus, whole_run, tmp_path, monkeypatch, number):
+    expected, _ = whole_run
+    args = [corpus, tmp_path / "run"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        signal_at(patch, step=8, number=number)
+        train(train_args(*args))
+    assert ended.value.code == 0
+    assert len(read_metrics(tmp_path / "run")) == 8
+    train(train_args(*args))
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["global_step"] for line in metrics] == list(range(1, 31))
+    for line, other in zip(metrics, expected, strict=True):
+        same = [key for key in line if key.startswith(("loss/", "optim/", "topk/"))]
+        assert len(same) >= 9
+        assert {key: line[key] for key in same} == {key: other[key] for key in same}
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(corpus, whole_run, capsys):
+    metrics, folder = whole_run
+    train(train_args(corpus, folder))
+    assert "has done its 30 steps already" in capsys.readouterr().out
+    assert read_metrics(folder) == metrics
+
+
+def test_the_checkpoints_of_twin_and_topk_have_the_same_keys(corpus, whole_run, tmp_path):
+    from lingua.checkpoint import read_model
+
+    _, folder = whole_run
+    train(train_args(corpus, tmp_path / "run", "model.topk=null", "steps=10"))
+    topk = read_model(folder / "checkpoints" / "0000000010")
+    vanilla = read_model(tmp_path / "run" / "checkpoints" / "0000000010")
+    assert {k: v.shape for k, v in topk.items()} == {k: v.shape for k, v in vanilla.items()}
+
+
+def test_a_new_run_can_begin_from_the_weights_of_another(corpus, whole_run, tmp_path):
+    metrics, folder = whole_run
+    init = f"checkpoint.init_ckpt_path={folder}/checkpoints/0000000030"
+    train(train_args(corpus, tmp_path / "run", init, "model.topk.anneal_ratio=0", "steps=2"))
+    assert read_metrics(tmp_path / "run")[0]["loss/out"] < 1.2 * mean_loss(metrics[-5:])
+
+
+def test_evaluation_is_part_of_training(corpus, tmp_path):
+    evaluate = ["eval.validation.context=8", "checkpoint.eval.every=4", "steps=6"]
+    train(train_args(corpus, tmp_path / "run", *evaluate))
+    for step in (4, 6):  # every fourth, and the last
+        path = tmp_path / "run" / "evals" / f"{step:010d}" / "validation.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["provenance"]["step"] == step
+        assert result["text"]["documents"] == 6
+    lines = (tmp_path / "run" / "metrics.validation.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [4, 6]
+
+
+REPLACED = [
+    (train_module, "LMTransformer"),
+    (train_module, "build_optimizer"),
+    (train_module, "dist_mean_dict"),
+    (eval_module, "EvalArgs"),
+    (eval_module, "launch_eval"),
+]
+
+
+def originals():
+    return [getattr(module, name) for module, name in REPLACED]
+
+
+def test_the_seam_puts_everything_back_even_after_an_error():
+    before = originals()
+    with pytest.raises(ZeroDivisionError), seam.install() as module:
+        assert module is train_module
+        assert all(a is not b for a, b in zip(before, originals(), strict=True))
+        raise ZeroDivisionError
+    assert before == originals()
+
+
+@pytest.mark.parametrize(("module", "name"), REPLACED)
+def test_a_host_without_a_replaced_name_is_refused(monkeypatch, module, name):
+    monkeypatch.delattr(module, name)
+    before = {n: getattr(m, n) for m, n in REPLACED if n != name}
+    with pytest.raises(HostError, match=f"{module.__name__} of this host has no {name}"):
+        entering(seam.install())
+    assert before == {n: getattr(m, n) for m, n in REPLACED if n != name}
+
+
+def entering(context):
+    with context:
+        pytest.fail("the seam was installed on a host that lacks a name")
