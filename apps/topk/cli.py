@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,8 @@ def merge(args_class: type, *layers: tuple[DictConfig, str]) -> Any:
     for layer, origin in layers:
         try:
             config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(_explain(error, config, origin)) from None
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a mapping
+            raise ConfigError(_explain(error, config, layer, origin)) from None
     return _parsed(lambda: OmegaConf.to_object(config), "the config")
 
 
@@ -125,14 +125,39 @@ def _parsed(read: Callable[[], Any], origin: str) -> Any:
         raise ConfigError(f"{origin}: {one_line(str(error))}") from None
 
 
-def _explain(error: OmegaConfBaseException, config: DictConfig, origin: str) -> str:
-    key = error.full_key or str(error.key)
+def _explain(error: Exception, config: DictConfig, layer: DictConfig, origin: str) -> str:
+    if not getattr(error, "full_key", None):  # a value for a section, a list for a mapping
+        key = _culprit(config, layer)
+        return f"{key} (in {origin}) has the wrong form: --help shows if it is a value or a section"
+    key = error.full_key
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     known = [str(k) for k in node] if isinstance(node, DictConfig) else []
     if known and name not in known:
         return f"{key} (in {origin}) is no known key: {nearest(name, known)}"
     return f"{key} (in {origin}): {one_line(str(error).splitlines()[0])}"
+
+
+def _culprit(config: DictConfig, layer: DictConfig) -> str:
+    """The first key of `layer` that cannot be merged over `config` by itself."""
+    for key, value in _leaves(OmegaConf.to_container(layer)):
+        try:
+            OmegaConf.merge(config, OmegaConf.create(_nested(key, value)))
+        except (OmegaConfBaseException, TypeError):
+            return ".".join(key)
+    return "a key"
+
+
+def _leaves(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(content, dict) and content:
+        for name, value in content.items():
+            yield from _leaves(value, (*path, str(name)))
+    else:
+        yield path, content
+
+
+def _nested(path: tuple[str, ...], value: Any) -> Any:
+    return {path[0]: _nested(path[1:], value)} if path else value
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

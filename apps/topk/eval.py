@@ -100,9 +100,9 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
     if not args.dump_dir:
         raise ConfigError("dump_dir is not set: give a folder for what the evaluation writes")
     checkpoint = open_checkpoint(args.ckpt_dir)
-    sources = find_sources(args.validation, checkpoint.params["data"])
-    window, context = _window_and_context(args.validation, checkpoint)
-    dtype = _dtype(args, checkpoint)
+    longest, data = checkpoint.model_args.max_seqlen, checkpoint.params["data"]
+    sources, window, context = check_validation(args.validation, data, longest)
+    dtype = check_dtype(args.dtype or checkpoint.params["distributed"]["model_dtype"])
     tokenizer = checkpoint.tokenizer()
     model = checkpoint.model(_device(), DTYPES[dtype], args.as_trained)
     results = {}
@@ -117,6 +117,40 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
         _write(args, checkpoint, dtype, results)
     _barrier()
     return results
+
+
+def check_validation(
+    args: ValidationArgs, data: dict[str, Any], longest: int
+) -> tuple[dict[str, list[Path]], int, int]:
+    """The files of every source, the window and the context that `args` ask for.
+
+    data: the data section of the training config; longest: the model's max_seqlen.
+    ConfigError for what is not allowed, DataError for text that is not there.
+    """
+    window = longest if args.window is None else args.window
+    if not 2 <= window <= longest:
+        raise ConfigError(
+            f"validation.window={window} is not allowed: give 2 to {longest}, the length that the"
+            " model is trained with"
+        )
+    context = window // 2 if args.context is None else args.context
+    if not 1 <= context < window:
+        raise ConfigError(
+            f"validation.context={context} is not allowed: give 1 to {window - 1}, less than"
+            f" validation.window={window}"
+        )
+    for name in ("batch_tokens", "max_documents"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"validation.{name}={value} is too small: give at least 1")
+    return find_sources(args, data), window, context
+
+
+def check_dtype(dtype: str) -> str:
+    """`dtype` as it is when it is known, else ConfigError."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def find_sources(args: ValidationArgs, data: dict[str, Any]) -> dict[str, list[Path]]:
@@ -156,34 +190,6 @@ def _texts(files: list[Path], name: str, max_documents: int | None) -> list[str]
     for line in tally.lines():
         logger.warning("%s: %s", name, cli.one_line(line))
     return texts[:max_documents]
-
-
-def _window_and_context(args: ValidationArgs, checkpoint: Checkpoint) -> tuple[int, int]:
-    longest = checkpoint.model_args.max_seqlen
-    window = longest if args.window is None else args.window
-    if not 2 <= window <= longest:
-        raise ConfigError(
-            f"validation.window={window} is not allowed: give 2 to {longest}, the length that the"
-            " model was trained with"
-        )
-    context = window // 2 if args.context is None else args.context
-    if not 1 <= context < window:
-        raise ConfigError(
-            f"validation.context={context} is not allowed: give 1 to {window - 1}, less than"
-            f" validation.window={window}"
-        )
-    for name in ("batch_tokens", "max_documents"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"validation.{name}={value} is too small: give at least 1")
-    return window, context
-
-
-def _dtype(args: EvalArgs, checkpoint: Checkpoint) -> str:
-    dtype = args.dtype or checkpoint.params["distributed"]["model_dtype"]
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    return dtype
 
 
 def _device() -> torch.device:

@@ -1,9 +1,13 @@
 """Train a TopK language model, or its vanilla twin, with the host's training loop."""
 
+from dataclasses import asdict, dataclass, field
+
 import torch.distributed as dist
 import yaml
+from omegaconf import OmegaConf
 
 from apps.topk import cli
+from apps.topk.eval import EvalArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
 from apps.topk.seam import install
 from lingua_topk import TopKArgs
@@ -34,7 +38,9 @@ def train(args: TopKTrainArgs) -> None:
 
 
 def validate(args: TopKTrainArgs) -> None:
-    """ConfigError for what TopK cannot do; nothing is written before."""
+    """ConfigError for what the host does not check before it writes."""
+    if args.eval is not None:
+        _validate_eval(args)
     topk = args.model.topk
     if topk is None:
         return
@@ -44,6 +50,21 @@ def validate(args: TopKTrainArgs) -> None:
             f"model.topk.site=mlp with distributed.tp_size={args.distributed.tp_size}: each process"
             " would select within its part of the hidden units; use site=residual or tp_size=1"
         )
+
+
+def _validate_eval(args: TopKTrainArgs) -> None:
+    """What the host would find out at the first evaluation only, hours later."""
+    section = OmegaConf.create({"eval": args.eval})
+    eval_args = cli.merge(_EvalSection, (section, "the config")).eval
+    check_validation(eval_args.validation, asdict(args.data), args.data.seq_len)
+    check_dtype(eval_args.dtype or args.distributed.model_dtype)
+
+
+@dataclass
+class _EvalSection:
+    """So that a mistake in the section is reported under its full name."""
+
+    eval: EvalArgs = field(default_factory=EvalArgs)
 
 
 def _notes() -> str:

@@ -160,6 +160,7 @@ def _validate(args: OptimArgs, n_steps: int) -> None:
         ("epsilon", "a number of at least 0", args.epsilon >= 0),
         ("beta1", "at least 0 and below 1", 0 <= args.beta1 < 1),
         ("beta2", "at least 0 and below 1", 0 <= args.beta2 < 1),
+        ("clip", "a norm above 0", args.clip > 0),
         ("warmup", "a number of steps, at least 0", args.warmup >= 0),
         ("lr_min_ratio", "a share of lr, from 0 to 1", 0 <= args.lr_min_ratio <= 1),
         ("cycle_length", "a share of the steps, above 0", args.cycle_length > 0),
@@ -168,7 +169,8 @@ def _validate(args: OptimArgs, n_steps: int) -> None:
         ("decay_fraction", "a share of the steps, from 0 to 1", 0 <= args.decay_fraction <= 1),
     ):
         value = getattr(args, field)
-        if not (fits and math.isfinite(value)):
+        # An infinite clip is none.
+        if not (fits and (math.isfinite(value) or field == "clip")):
             raise ConfigError(f"optim.{field}={value} is not allowed: give {allowed}")
     if args.scheduler == "wsd" and args.decay_fraction >= args.cycle_length:
         raise ConfigError(

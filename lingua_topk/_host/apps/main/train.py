@@ -20,8 +20,24 @@ from timeit import default_timer as timer
 from typing import Any, Optional
 
 import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from apps.main.transformer import (
+    LMTransformer,
+    LMTransformerArgs,
+    build_fsdp_grouping_plan,
+    get_no_recompute_ops,
+    get_num_flop_per_token,
+    tp_parallelize,
+)
 from lingua.args import dataclass_from_dict, dump_config
 from lingua.checkpoint import (
+    METADATA_NAME,
     CheckpointArgs,
     CheckpointManager,
     data_parallel_rank,
@@ -51,25 +67,16 @@ from lingua.distributed import (
 )
 from lingua.errors import CheckpointError, ConfigError, UserError
 from lingua.logger import init_logger
-from lingua.metrics import GPUMemoryMonitor, LoggingArgs, MetricLogger, get_num_params
-from lingua.optim import OptimArgs, build_optimizer
+from lingua.metrics import (
+    GPUMemoryMonitor,
+    LoggingArgs,
+    MetricLogger,
+    get_num_params,
+    import_wandb,
+)
+from lingua.optim import OptimArgs, build_lr_fn, build_optimizer
 from lingua.profiling import ProfilerArgs, maybe_run_profiler
 from lingua.tokenizer import build_tokenizer
-from omegaconf import OmegaConf
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from apps.main.transformer import (
-    LMTransformer,
-    LMTransformerArgs,
-    build_fsdp_grouping_plan,
-    get_no_recompute_ops,
-    get_num_flop_per_token,
-    tp_parallelize,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -134,24 +141,30 @@ def validate_train_args(args: TrainArgs, output_size: int) -> None:
     """
     if not args.dump_dir:
         raise ConfigError("dump_dir is not set: give a folder for what the run writes")
-    for name, value in (
-        ("steps", args.steps),
-        ("grad_acc_steps", args.grad_acc_steps),
-        ("gc_collect_freq", args.gc_collect_freq),
-        ("logging.freq", args.logging.freq),
-        ("checkpoint.dump.every", args.checkpoint.dump.every),
-        ("checkpoint.eval.every", args.checkpoint.eval.every),
-        ("model.dim", args.model.dim),
-        ("model.n_layers", args.model.n_layers),
+    for name, value, least in (
+        ("steps", args.steps, 1),
+        ("grad_acc_steps", args.grad_acc_steps, 1),
+        ("gc_collect_freq", args.gc_collect_freq, 1),
+        ("logging.freq", args.logging.freq, 1),
+        ("checkpoint.dump.every", args.checkpoint.dump.every, 1),
+        ("checkpoint.eval.every", args.checkpoint.eval.every, 1),
+        ("data.batch_size", args.data.batch_size, 1),
+        ("data.seq_len", args.data.seq_len, 1),
+        ("data.n_views", args.data.n_views, 2),  # the input and its target
+        ("model.dim", args.model.dim, 1),
+        ("model.n_layers", args.model.n_layers, 1),
     ):
-        if value < 1:
-            raise ConfigError(f"{name}={value} is too small: give at least 1")
-    _validate_vocabulary(args, output_size)
-    _validate_sources(args.data)
+        if value < least:
+            raise ConfigError(f"{name}={value} is too small: give at least {least}")
     validate_distributed_args(args.distributed, get_world_size())
+    build_lr_fn(args.optim, args.steps)  # refuses what the optimizer cannot take
+    _validate_vocabulary(args, output_size)
+    # Reads the folders of the sources; the state itself is made anew when the run starts.
+    init_dataloader_state_from_args(args.data, rank=0, world_size=1)
     if args.checkpoint.path is None:
         args.checkpoint.path = str(Path(args.dump_dir) / "checkpoints")
     args.model.max_seqlen = args.data.seq_len
+    _validate_initial_weights(args.checkpoint.init_ckpt_path)
     if args.probe_freq is not None:
         raise ConfigError(
             f"probe_freq={args.probe_freq} is not offered by the embedded host: set it to null, or"
@@ -162,8 +175,11 @@ def validate_train_args(args: TrainArgs, output_size: int) -> None:
             f"async_eval_gpus={args.async_eval_gpus} is not offered by the embedded host yet: set"
             " it to null, and evaluation runs between two training steps"
         )
-    if args.logging.wandb is not None and args.logging.wandb.name is None:
-        args.logging.wandb.name = args.name
+    if args.logging.wandb is not None:
+        import_wandb()
+        args.logging.wandb.name = args.logging.wandb.name or args.name
+    with torch.device("meta"):
+        LMTransformer(args.model)  # refuses what it cannot be built from
     _validate_model_of_last_checkpoint(args)
 
 
@@ -177,19 +193,12 @@ def _validate_vocabulary(args: TrainArgs, output_size: int) -> None:
         )
 
 
-def _validate_sources(data: DataArgs) -> None:
-    if not data.sources:
-        raise ConfigError(
-            "data.sources is empty: name at least one folder below data.root_dir and its weight,"
-            " for example {my_corpus: 1.0}"
+def _validate_initial_weights(path: str | None) -> None:
+    if path and not (Path(path) / METADATA_NAME).is_file():
+        raise CheckpointError(
+            f"checkpoint.init_ckpt_path={path} is not a distributed checkpoint ({METADATA_NAME} not"
+            " found): give a folder such as dump_dir/checkpoints/0000001000"
         )
-    for source in data.sources:
-        folder = Path(data.root_dir or "") / source
-        if not folder.is_dir():
-            raise ConfigError(
-                f"data.sources: {source} is not a folder in data.root_dir={data.root_dir} (looked"
-                f" for {folder}): prepare it with python -m apps.topk.prepare, or correct the name"
-            )
 
 
 def _validate_model_of_last_checkpoint(args: TrainArgs) -> None:
@@ -333,11 +342,11 @@ def start_run(args: TrainArgs) -> Run:
 def train(args: TrainArgs) -> None:
     """Train, or go on training, the run that `args` describes, to its last step."""
     tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+    # Whatever can be refused is refused here: nothing has been written yet.
     validate_train_args(args, tokenizer.n_words)
     dump_dir = Path(args.dump_dir)
     if get_is_master():
-        dump_dir.mkdir(parents=True, exist_ok=True)
-        dump_config(args, dump_dir / "config.yaml", log_config=False)
+        _write_config(args, dump_dir)
     init_logger(dump_dir / "train.log")
     if _last_step(args) >= args.steps:
         logger.info("this run has done its %d steps already; nothing to do", args.steps)
@@ -359,6 +368,16 @@ def train(args: TrainArgs) -> None:
         progress = stack.enter_context(_progress_bar(args, run.state.step))
         stack.enter_context(logging_redirect_tqdm())
         _loop(run, batches, metric_logger, profiler, progress)
+
+
+def _write_config(args: TrainArgs, dump_dir: Path) -> None:
+    try:
+        dump_dir.mkdir(parents=True, exist_ok=True)
+        dump_config(args, dump_dir / "config.yaml", log_config=False)
+    except OSError as error:
+        raise ConfigError(
+            f"dump_dir={dump_dir} cannot be written ({error.strerror}): give another folder"
+        ) from None
 
 
 def _last_step(args: TrainArgs) -> int:
