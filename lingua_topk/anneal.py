@@ -47,6 +47,7 @@ def alpha_at(step: int, n_steps: int, anneal_ratio: float, schedule: str = "line
             f"anneal_schedule={schedule!r} is not known: choose one of {', '.join(SCHEDULES)}"
         )
     length = anneal_ratio * n_steps
-    if step >= length:
+    # 0.07 * 100 is 7.000000000000001 in binary, but step 7 is past the end.
+    if step >= length - 1e-6:
         return 0.0
     return SCHEDULES[schedule](step / length)

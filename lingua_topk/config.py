@@ -1,6 +1,8 @@
 """The `model.topk` section of a config."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Optional
 
 from lingua_topk.anneal import SCHEDULES
@@ -40,21 +42,19 @@ class TopKArgs:
         `n_layers` is the number of blocks of the model, where it is known already.
         """
         check_k(self.k, "model.topk.k")
-        check_activation(self.activation, "model.topk.activation")
-        _check_choice("model.topk.site", self.site, SITES)
-        _check_choice("model.topk.anneal_schedule", self.anneal_schedule, tuple(SCHEDULES))
-        if not 0 <= self.anneal_ratio <= 1:
-            raise ConfigError(
-                f"model.topk.anneal_ratio={self.anneal_ratio} is out of range: it is the share of"
-                " the training steps in [0, 1]"
-            )
         _check_least("model.topk.n_last_nontopk", self.n_last_nontopk, 0)
+        _check_choice("model.topk.site", self.site, SITES)
+        check_activation(self.activation, "model.topk.activation")
+        _check_share("model.topk.anneal_ratio", self.anneal_ratio)
+        _check_choice("model.topk.anneal_schedule", self.anneal_schedule, tuple(SCHEDULES))
+        _check_layers(self.layers)
         _check_least("model.topk.dead_window", self.dead_window, 1)
         if n_layers is not None:
             self.topk_layers(n_layers)
 
     def topk_layers(self, n_layers: int) -> tuple[int, ...]:
         """The indices of the blocks that get TopK, rising; ConfigError if there is none."""
+        _check_layers(self.layers)
         if self.layers is None:
             chosen = tuple(range(n_layers - self.n_last_nontopk))
             if not chosen:
@@ -63,16 +63,10 @@ class TopKArgs:
                     f" model of {n_layers}: give at most {n_layers - 1}"
                 )
             return chosen
-        if not self.layers:
+        if max(self.layers) >= n_layers:
             raise ConfigError(
-                "model.topk.layers=[] leaves no TopK block: list at least one, or set model.topk"
-                " to null for a plain model"
-            )
-        outside = [i for i in self.layers if not 0 <= i < n_layers]
-        if outside or len(set(self.layers)) != len(self.layers):
-            raise ConfigError(
-                f"model.topk.layers={list(self.layers)} is not a set of blocks of this model: give"
-                f" different indices in 0..{n_layers - 1}"
+                f"model.topk.layers={list(self.layers)} names a block that this model of"
+                f" {n_layers} does not have: give indices in 0..{n_layers - 1}"
             )
         return tuple(sorted(self.layers))
 
@@ -83,5 +77,33 @@ def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_least(field: str, value: int, least: int) -> None:
+    if not isinstance(value, Integral):
+        raise ConfigError(f"{field}={value!r} is not a whole number: give at least {least}")
     if value < least:
         raise ConfigError(f"{field}={value} is too small: give at least {least}")
+
+
+def _check_share(field: str, value: float) -> None:
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ConfigError(
+            f"{field}={value!r} is out of range: it is the share of the training steps in [0, 1]"
+        )
+
+
+def _check_layers(layers: Sequence[int] | None) -> None:
+    """What can be said without the model: some indices from 0, none of them twice."""
+    if layers is None:
+        return
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ConfigError(f"model.topk.layers={layers!r} is not a list: give one, as in [0, 3]")
+    if not layers:
+        raise ConfigError(
+            "model.topk.layers=[] leaves no TopK block: list at least one, or set model.topk"
+            " to null for a plain model"
+        )
+    are_indices = all(isinstance(i, Integral) and i >= 0 for i in layers)
+    if not are_indices or len(set(layers)) != len(layers):
+        raise ConfigError(
+            f"model.topk.layers={list(layers)} is not a set of blocks: give different indices,"
+            " counted from 0"
+        )

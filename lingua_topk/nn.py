@@ -24,7 +24,10 @@ class TopK(nn.Module):
         self.stats: FiringStats | None = None
 
     def forward(self, h: Tensor, update: Tensor | None = None) -> Tensor:
-        """h and update: [..., D]. The sum is taken here, beside the selection."""
+        """h, update and the result: [..., D], one floating dtype.
+
+        The sum is taken here, beside the selection, so that both can become one kernel.
+        """
         x = h if update is None else h + update
         y = topk(x, self.k, self.alpha, self.activation)
         if self.stats is not None:

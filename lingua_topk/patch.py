@@ -8,6 +8,7 @@ parameters nor buffers: state-dict keys and shapes do not change.
 
 import inspect
 import logging
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -25,15 +26,19 @@ _ARGS_ATTRIBUTE = "_topk_args"
 _BLOCK_PARTS = ("attention", "attention_norm", "feed_forward", "ffn_norm")
 _BLOCK_INPUTS = ("x", "freq_cis", "tok_idx", "mask", "attn_impl")
 _FEED_FORWARD_PARTS = ("w1", "w2", "w3")
+_FEED_FORWARD_INPUTS = ("x",)
 
 
 class _Patched:
     """What the derived classes share: copies and pickles are rebuilt from the own class."""
 
-    own_class: type[nn.Module]
+    _topk_patch: "type[_Patched]"
+    _topk_own_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol):
-        return _blank, (self.patch, self.own_class), self.__dict__
+        # The class is made at run time and has no name to be found by; the rest is as usual.
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _blank, (self._topk_patch, self._topk_own_class), *state
 
 
 class _TopKBlock(_Patched):
@@ -55,8 +60,8 @@ class _TopKFeedForward(_Patched):
 
 @cache
 def _derived(patch: type[_Patched], own_class: type[nn.Module]) -> type[nn.Module]:
-    name = f"TopK{own_class.__name__}"
-    return type(name, (patch, own_class), {"patch": patch, "own_class": own_class})
+    names = {"_topk_patch": patch, "_topk_own_class": own_class}
+    return type(f"TopK{own_class.__name__}", (patch, own_class), names)
 
 
 def _blank(patch: type[_Patched], own_class: type[nn.Module]) -> nn.Module:
@@ -70,17 +75,35 @@ class TopKHandle:
     Attributes:
         model: the patched model.
         args: a copy of the arguments it was patched with.
-        modules: the TopK module of each patched block, by index of the block.
     """
 
-    def __init__(self, model: nn.Module, args: TopKArgs, modules: dict[int, TopK]):
+    def __init__(self, model: nn.Module):
         self.model = model
-        self.args = replace(args)
-        self.modules = modules
+        self._marker = vars(model)[_ARGS_ATTRIBUTE]
+        self.args = _copied(self._marker)
+
+    @property
+    def modules(self) -> dict[int, TopK]:
+        """The TopK module of each patched block, by index of the block.
+
+        ConfigError once the model has been restored: what would be set there no longer
+        has an effect.
+        """
+        if vars(self.model).get(_ARGS_ATTRIBUTE) is not self._marker:
+            raise ConfigError(
+                "the TopK of this handle has been taken out of the model: use the handle that"
+                " apply_topk() or topk_handle() gives now"
+            )
+        parts = {i: _part(block, self.args.site) for i, block in enumerate(self.model.layers)}
+        found = {i: getattr(part, "topk", None) for i, part in parts.items()}
+        return {i: module for i, module in found.items() if isinstance(module, TopK)}
 
     @property
     def alpha(self) -> float:
-        """The annealing coefficient, the same in all blocks; setting it sets all."""
+        """The annealing coefficient, the same in all blocks; setting it sets all.
+
+        ConfigError outside [0, 1], with nothing changed.
+        """
         return next(iter(self.modules.values())).alpha
 
     @alpha.setter
@@ -92,13 +115,19 @@ class TopKHandle:
     def start_stats(self) -> dict[int, FiringStats]:
         """Count, from now on, what fires, by index of the block. Replaces earlier counts.
 
-        Call it once the model's parameters are on their device.
+        Call it once the model's parameters are on their device: ConfigError on meta.
         """
+        started = {}
         for i, module in self.modules.items():
             weight = self.model.layers[i].feed_forward.w1.weight  # [F, D]
+            if weight.is_meta:
+                raise ConfigError(
+                    f"layers.{i} is still on the meta device, where nothing can be counted: call"
+                    " start_stats() after to_empty()"
+                )
             width = weight.shape[1] if self.args.site == "residual" else weight.shape[0]
-            module.stats = FiringStats(width, weight.device)
-        return {i: module.stats for i, module in self.modules.items()}
+            started[i] = module.stats = FiringStats(width, weight.device)
+        return started
 
     def stop_stats(self) -> None:
         for module in self.modules.values():
@@ -108,20 +137,20 @@ class TopKHandle:
         """Give every patched part its own class back. The model is then as it was.
 
         Raises ConfigError, with nothing changed, where another wrapper has since
-        changed the class of a part (FSDP2 does): restore before sharding.
+        changed the class of a part (FSDP2 does): restore before sharding. The same
+        where the TopK of this handle has been taken out already.
         """
-        parts = [_part(self.model.layers[i], self.args.site) for i in self.modules]
-        for i, part in zip(self.modules, parts, strict=True):
+        parts = {i: _part(self.model.layers[i], self.args.site) for i in self.modules}
+        for i, part in parts.items():
             if not isinstance(part, _Patched) or type(part) is not _derived(
-                part.patch, part.own_class
+                part._topk_patch, part._topk_own_class
             ):
                 raise ConfigError(
                     f"layers.{i} is now a {type(part).__name__}, which is not what the patch made"
                     " of it: restore before sharding or wrapping, or build the model anew"
                 )
-        for part in parts:
-            part.__class__ = part.own_class
-            del part.topk
+        for part in parts.values():
+            _restore_part(part)
         delattr(self.model, _ARGS_ATTRIBUTE)
 
 
@@ -130,8 +159,8 @@ def apply_topk(model: nn.Module, args: TopKArgs) -> TopKHandle:
 
     Args:
         model: has `layers`, an nn.ModuleList of pre-norm blocks with the parts and the
-            forward signature of Lingua's TransformerBlock. Patch it before sharding
-            and compilation.
+            forward signature of Lingua's TransformerBlock. Patch it before sharding,
+            wrapping and compilation.
         args: copied; later changes to it have no effect.
 
     Returns:
@@ -141,74 +170,124 @@ def apply_topk(model: nn.Module, args: TopKArgs) -> TopKHandle:
     Raises:
         ConfigError: arguments out of range; a model that is not recognised (the text
             names the missing part); a model already patched with other arguments.
-            The model is unchanged then.
+            The model is unchanged then, as it is after any other exception.
     """
-    args = replace(args, layers=None if args.layers is None else list(args.layers))
     args.validate()
-    existing = getattr(model, _ARGS_ATTRIBUTE, None)
+    args = _copied(args)
+    existing = topk_handle(model)
     if existing is not None:
-        return _existing_handle(model, existing, args)
+        if existing.args != args:
+            raise ConfigError(
+                f"this model already has TopK with {existing.args}, asked for {args}: call"
+                " restore() on its handle first"
+            )
+        return existing
     blocks = _blocks(model)
     chosen = args.topk_layers(len(blocks))
     for i in chosen:
-        _check_block(blocks[i], f"layers.{i}")
-    modules = {i: _patch_block(blocks[i], args) for i in chosen}
+        _check_block(blocks[i], f"layers.{i}", args.site)
+    parts = [_part(block, args.site) for block in blocks]
+    _check_distinct(parts, chosen)
+    _patch_parts([parts[i] for i in chosen], args)
     setattr(model, _ARGS_ATTRIBUTE, args)
     logger.info("TopK: %s in layers %s", args, list(chosen))
-    return TopKHandle(model, args, modules)
+    return TopKHandle(model)
 
 
 def topk_handle(model: nn.Module) -> TopKHandle | None:
-    """The handle of a patched model (a copy or an unpickled one included), or None."""
-    args = getattr(model, _ARGS_ATTRIBUTE, None)
-    return None if args is None else _existing_handle(model, args, args)
+    """The handle of a patched model, or None.
 
-
-def _existing_handle(model: nn.Module, existing: TopKArgs, wanted: TopKArgs) -> TopKHandle:
-    if existing != wanted:
+    `model` can be a copy or an unpickled one, or stand inside a wrapper: sharded,
+    compiled, or with activation checkpointing. ConfigError for a module that holds
+    several patched models.
+    """
+    patched = [module for module in model.modules() if _ARGS_ATTRIBUTE in vars(module)]
+    if len(patched) > 1:
         raise ConfigError(
-            f"this model already has TopK with {existing}, asked for {wanted}: call restore() on"
-            " its handle first"
+            f"{type(model).__name__} holds {len(patched)} models with TopK: ask for the handle of"
+            " each of them"
         )
-    chosen = existing.topk_layers(len(model.layers))
-    modules = {i: _part(model.layers[i], existing.site).topk for i in chosen}
-    return TopKHandle(model, existing, modules)
+    return TopKHandle(patched[0]) if patched else None
 
 
-def _patch_block(block: nn.Module, args: TopKArgs) -> TopK:
-    part = _part(block, args.site)
+def _copied(args: TopKArgs) -> TopKArgs:
+    """A copy of its own; `layers` sorted, so that equal sets are equal."""
+    return replace(args, layers=None if args.layers is None else sorted(args.layers))
+
+
+def _patch_parts(parts: list[nn.Module], args: TopKArgs) -> None:
+    """Patch all of them or, if one fails, none."""
     patch = _TopKBlock if args.site == "residual" else _TopKFeedForward
-    part.topk = TopK(args.k, args.activation).train(part.training)
-    part.__class__ = _derived(patch, type(part))
-    return part.topk
+    try:
+        for part in parts:
+            derived = _derived(patch, type(part))
+            part.topk = TopK(args.k, args.activation).train(part.training)
+            part.__class__ = derived
+    except BaseException:
+        for part in parts:
+            _restore_part(part)
+        raise
+
+
+def _restore_part(part: nn.Module) -> None:
+    if isinstance(part, _Patched):
+        part.__class__ = part._topk_own_class
+    if hasattr(part, "topk"):
+        del part.topk
 
 
 def _part(block: nn.Module, site: str) -> nn.Module:
-    return block if site == "residual" else block.feed_forward
+    # A block that was not chosen may be of any kind, and have no feed_forward.
+    return block if site == "residual" else getattr(block, "feed_forward", block)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    blocks = getattr(model, "layers", None)
+    # Its own child, not one that a wrapper passes on.
+    blocks = vars(model)["_modules"].get("layers")
     if not isinstance(blocks, nn.ModuleList):
         raise ConfigError(
             f"{type(model).__name__} has no `layers` of type nn.ModuleList: TopK can be applied to"
-            " models shaped like Lingua's BaseTransformer"
+            " models shaped like Lingua's BaseTransformer, before they are wrapped"
         )
     return blocks
 
 
-def _check_block(block: nn.Module, where: str) -> None:
+def _check_block(block: nn.Module, where: str, site: str) -> None:
     _require(block, _BLOCK_PARTS, where)
     _require(block.feed_forward, _FEED_FORWARD_PARTS, f"{where}.feed_forward")
-    inputs = tuple(inspect.signature(type(block).forward).parameters)[1:]
-    if inputs != _BLOCK_INPUTS:
-        raise ConfigError(
-            f"{where}.forward takes ({', '.join(inputs)}), not ({', '.join(_BLOCK_INPUTS)}) as"
-            " Lingua's TransformerBlock does: it would not be the same block with TopK"
-        )
     for name, part in ((where, block), (f"{where}.feed_forward", block.feed_forward)):
         if "forward" in vars(part) or isinstance(part, _Patched):
             raise ConfigError(f"{name} is already patched by something else: restore it first")
+    if site == "residual":
+        _check_own(block, _BLOCK_INPUTS, where)
+    else:
+        _check_own(block.feed_forward, _FEED_FORWARD_INPUTS, f"{where}.feed_forward")
+
+
+def _check_own(part: nn.Module, expected: tuple[str, ...], where: str) -> None:
+    """Whether `part`, whose forward is to be replaced, could do the same with TopK."""
+    inputs = tuple(inspect.signature(type(part).forward).parameters)[1:]
+    if inputs != expected:
+        raise ConfigError(
+            f"{where}.forward takes ({', '.join(inputs)}), not ({', '.join(expected)}) as Lingua's"
+            " does: it would not be the same module with TopK"
+        )
+    if hasattr(part, "topk"):
+        raise ConfigError(
+            f"{where} ({type(part).__name__}) already has an attribute `topk`, which is where TopK"
+            " is to go: rename it"
+        )
+
+
+def _check_distinct(parts: list[nn.Module], chosen: tuple[int, ...]) -> None:
+    uses = Counter(id(part) for part in parts)
+    shared = [i for i in chosen if uses[id(parts[i])] > 1]
+    if shared:
+        kind = type(parts[shared[0]]).__name__
+        raise ConfigError(
+            f"layers {shared} share the module that TopK goes into, a {kind}, with other layers:"
+            " give each layer its own"
+        )
 
 
 def _require(module: nn.Module, names: tuple[str, ...], where: str) -> None:

@@ -12,7 +12,8 @@ class FiringStats:
 
     Attributes:
         counts: int64 [2], survivors and tokens since the last `reset_counts`.
-        idle: int64 [D], tokens this process has seen since the neuron last fired.
+        idle: int64 [D], tokens this process has seen since the last call in which the
+            neuron fired.
     """
 
     def __init__(self, width: int, device: torch.device | str):
@@ -21,7 +22,13 @@ class FiringStats:
 
     @torch.no_grad()
     def update(self, y: Tensor) -> None:
-        """Count the tokens of y, [..., D]."""
+        """Count the tokens of y, [..., D], any dtype; a NaN counts as firing.
+
+        Does nothing in a backward pass: what activation checkpointing recomputes there
+        was counted in the forward pass.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
         fired = (y != 0).reshape(-1, y.shape[-1])  # [N, D]
         tokens = fired.shape[0]
         per_neuron = fired.sum(dim=0)  # [D]

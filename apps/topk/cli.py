@@ -2,21 +2,18 @@
 
 import difflib
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import TCPStore
 
 from lingua_topk.errors import ConfigError
-
-# How long process 0 has to report what all processes met.
-SECONDS_FOR_FIRST = 3.0
 
 
 def run(main: Callable[[], None]) -> None:
@@ -33,22 +30,25 @@ def run(main: Callable[[], None]) -> None:
         status = getattr(error, "exit_status", None)
         if status is None:
             raise
-        _let_the_first_speak()
-        print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+        if _is_first_to_fail():
+            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 
-def _let_the_first_speak() -> None:
-    """Wait in all processes but the first, which a mistake in a config makes end as well.
+def _is_first_to_fail() -> bool:
+    """Whether no other process of this torchrun has reported an error.
 
-    When one process has ended, its launcher ends the others: they are gone before they
-    repeat the line. What only this process met, such as damage in its share of the data, is
-    still reported.
+    A mistake in a config is met by all processes, damage in one's share of the data by that
+    one alone: asked is torchrun's own store. Without one every process speaks.
     """
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training handles it in its own way
-    time.sleep(SECONDS_FOR_FIRST)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add("lingua_topk/errors", 1) == 1
+    except RuntimeError:  # torchrun itself is gone
+        return True
 
 
 def one_line(text: str) -> str:

@@ -20,6 +20,8 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+# What is dropped is f of a masked zero, and a NaN must pass through: whatever is added
+# here must have f(0) = 0 and f(NaN) = NaN.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "identity": _identity,
@@ -34,18 +36,31 @@ def topk_definition(x: Tensor, k: int, alpha: float | Tensor, activation: str) -
     x and the result: [..., D], any floating dtype. alpha: a float, or a 0-d tensor on
     the device of x.
     """
-    f_x = ACTIVATIONS[activation](x)  # [..., D]
+    f = ACTIVATIONS[activation]
     if k >= x.shape[-1] or (not isinstance(alpha, Tensor) and alpha == 1):
-        return f_x
+        return f(x)
     kept, poison = select(x, k)  # [..., D], [..., 1]
     if isinstance(alpha, Tensor):
-        # An infinite f(x) must not meet a factor of zero.
-        rest = torch.where(alpha == 0, torch.zeros_like(f_x), alpha.to(f_x.dtype) * f_x)
-        y = torch.where(kept, f_x, rest + poison)
-        return torch.where(alpha == 1, f_x, y)
+        return _with_tensor_alpha(x, kept, poison, alpha, f)
     if alpha == 0:
-        return torch.where(kept, f_x, poison)
+        # x is masked, not f(x): the slope of silu at -inf is NaN in torch, and where()
+        # would multiply it by the zero gradient of what is dropped.
+        return f(torch.where(kept, x, poison))
+    f_x = f(x)
     return torch.where(kept, f_x, alpha * f_x + poison)
+
+
+def _with_tensor_alpha(
+    x: Tensor, kept: Tensor, poison: Tensor, alpha: Tensor, f: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """All three cases of alpha in one expression: its value is never read."""
+    # With alpha = 0 nothing infinite may meet the factor zero.
+    f_x = f(torch.where(kept | (alpha != 0), x, poison))  # [..., D]
+    # As torch does for a float: alpha is not rounded to half precision, the product is.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scaled = (alpha.to(wide) * f_x.to(wide)).to(x.dtype)
+    y = torch.where(kept, f_x, scaled + poison)
+    return torch.where(alpha == 1, f_x, y)
 
 
 @torch.no_grad()

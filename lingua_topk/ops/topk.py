@@ -18,7 +18,8 @@ def topk(x: Tensor, k: int, alpha: float | Tensor = 0.0, activation: str = "relu
         alpha: annealing coefficient in [0, 1]: 0 is the hard form, 1 is f(x) exactly.
             A float, or a 0-d tensor on the device of x (not range-checked: reading it
             would wait for the device).
-        activation: f, applied element-wise: "relu", "identity", "gelu" or "silu".
+        activation: f, applied element-wise: "relu", "identity", "gelu" or "silu", as
+            torch computes them (silu and gelu of -inf are NaN there, not 0).
             Selection is by x, not by f(x).
 
     Returns:
@@ -26,8 +27,8 @@ def topk(x: Tensor, k: int, alpha: float | Tensor = 0.0, activation: str = "relu
         or k >= D it is f(x), as for every other row).
 
     Raises:
-        ConfigError (a ValueError): k, alpha or activation out of range, or x without
-            a last dimension or not of a floating dtype.
+        ConfigError (a ValueError): k, alpha or activation out of range, alpha a tensor
+            with dimensions, or x without a last dimension or not of a floating dtype.
 
     The gradient takes the threshold as a constant:
     dy/dx = f'(x) (alpha + (1 - alpha) 1{x >= T}). Definition: arXiv 2506.21468.
@@ -36,6 +37,8 @@ def topk(x: Tensor, k: int, alpha: float | Tensor = 0.0, activation: str = "relu
     check_activation(activation)
     if not isinstance(alpha, Tensor):
         alpha = check_alpha(alpha)
+    elif alpha.dim() != 0:
+        raise ConfigError(f"alpha has shape {tuple(alpha.shape)}: give a float or a 0-d tensor")
     if not x.is_floating_point() or x.dim() == 0:
         raise ConfigError(
             f"x is {x.dtype} of shape {tuple(x.shape)}: topk takes a floating tensor [..., D]"
