@@ -4,7 +4,8 @@
                             /consolidated/consolidated.pth  params.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when all of
-it is there: a folder with a checkpoint's name is a whole checkpoint.
+it is there, and renamed back before it is deleted: a folder with a checkpoint's name is a
+whole checkpoint.
 """
 
 import json
@@ -12,17 +13,22 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
@@ -34,6 +40,9 @@ from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+# A program that reads a checkpoint has no process group, and needs none.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 FOLDER_NAME = "{:010d}"
 RE_FOLDER = re.compile(r"\d{10,}")
@@ -109,42 +118,55 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
     """Gather the weights of a checkpoint in one file; returns the folder that holds it.
 
     `consolidated.pth` is {"model": {name: CPU tensor}}, readable with weights_only=True.
-    Existing output is returned as it is. Raises CheckpointError.
+    Whole existing output is returned as it is. Raises CheckpointError.
     """
     ckpt_dir = Path(ckpt_dir)
     folder = ckpt_dir / CONSOLIDATE_FOLDER
-    if (folder / CONSOLIDATE_NAME).is_file() and (folder / CONFIG_NAME).is_file():
+    if _is_consolidated(folder):
         return folder
     if not is_checkpoint(ckpt_dir):
         raise CheckpointError(
             f"{ckpt_dir} is not a whole checkpoint ({METADATA_NAME} and {CONFIG_NAME} are needed):"
             " give a folder such as dump_dir/checkpoints/0000001000"
         )
-    partial = ckpt_dir / f"{PARTIAL_PREFIX}{CONSOLIDATE_FOLDER}"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.mkdir()
-    torch.save({"model": read_model(ckpt_dir)}, partial / CONSOLIDATE_NAME)
-    shutil.copy(ckpt_dir / CONFIG_NAME, partial / CONFIG_NAME)
-    _sync_folder(partial)
-    partial.rename(folder)
+    weights = read_model(ckpt_dir)
+    # A name of its own: two programs may do this at the same time.
+    partial = ckpt_dir / f"{PARTIAL_PREFIX}{CONSOLIDATE_FOLDER}_{uuid4().hex[:8]}"
+    try:
+        partial.mkdir()
+        with open(partial / CONSOLIDATE_NAME, "wb") as file:
+            torch.save({"model": weights}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copy(ckpt_dir / CONFIG_NAME, partial / CONFIG_NAME)
+        _sync_folder(partial)
+        if not _is_consolidated(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    except OSError as error:
+        if not _is_consolidated(folder):  # else the other one was faster
+            raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     logger.info("consolidated %s", folder)
     return folder
 
 
+def _is_consolidated(folder: Path) -> bool:
+    return (folder / CONSOLIDATE_NAME).is_file() and (folder / CONFIG_NAME).is_file()
+
+
 def read_model(ckpt_dir: str | Path, model_key: str = "model") -> dict[str, torch.Tensor]:
     """The weights of a distributed checkpoint as CPU tensors, by name, without a process group."""
-    reader = dcp.FileSystemReader(ckpt_dir)
-    prefix = f"{model_key}." if model_key else ""
-    wanted = {
+    entries = _tensor_entries(Path(ckpt_dir), model_key)
+    if not entries:
+        raise CheckpointError(f"{ckpt_dir} holds no tensor of {model_key!r}: is it a checkpoint?")
+    weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and hasattr(entry, "size")
+        for name, entry in entries.items()
     }
-    if not wanted:
-        raise CheckpointError(f"{ckpt_dir} holds no tensor named {prefix}*: is it a checkpoint?")
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
+    _dcp_load({model_key: weights} if model_key else weights, Path(ckpt_dir), no_dist=True)
+    return weights
 
 
 def load_from_checkpoint(
@@ -154,37 +176,73 @@ def load_from_checkpoint(
     model_key: str = "model",
     optim_key: str = "optim",
 ) -> None:
-    """Load the weights (and the optimizer's state) of a distributed checkpoint, in place."""
+    """Load the weights (and the optimizer's state) of a distributed checkpoint, in place.
+
+    The optimizer keeps its own learning rate, weight decay and so on; what it gets is its
+    memory of the parameters. Raises CheckpointError.
+    """
     ckpt_dir = Path(ckpt_dir)
+    model_state = get_model_state_dict(model)
+    _check_fits(model_state, ckpt_dir, model_key)
+    state = {model_key: model_state} if model_key else dict(model_state)
+    if optimizer is None:
+        _dcp_load(state, ckpt_dir)
+        set_model_state_dict(model, model_state, options=StateDictOptions(strict=True))
+        return
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state[optim_key] = get_optimizer_state_dict(model, optimizer)
+    _dcp_load(state, ckpt_dir)
+    set_state_dict(
+        model, optimizer, model_state_dict=model_state, optim_state_dict=state[optim_key]
+    )
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def _tensor_entries(ckpt_dir: Path, model_key: str) -> dict[str, TensorStorageMetadata]:
+    """What the checkpoint's index says of the model's tensors, by name."""
     if not (ckpt_dir / METADATA_NAME).is_file():
         raise CheckpointError(
             f"{ckpt_dir} is not a distributed checkpoint ({METADATA_NAME} not found): give a folder"
-            " such as dump_dir/checkpoints/0000001000, not its consolidated/"
+            f" such as dump_dir/checkpoints/0000001000, not its {CONSOLIDATE_FOLDER}/"
         )
-    if optimizer is not None:
-        model_state, optim_state = get_state_dict(model, optimizer)
-        state = {model_key: model_state, optim_key: optim_state}
-        _dcp_load(state, ckpt_dir)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=state[model_key],
-            optim_state_dict=state[optim_key],
-        )
-        return
-    model_state = get_model_state_dict(model)
-    _dcp_load({model_key: model_state} if model_key else model_state, ckpt_dir)
-    set_model_state_dict(model, model_state, options=StateDictOptions(strict=True))
-
-
-def _dcp_load(state: dict, ckpt_dir: Path) -> None:
     try:
-        dcp.load(state, checkpoint_id=ckpt_dir)
-    except dcp.api.CheckpointException as error:
+        index = dcp.FileSystemReader(ckpt_dir).read_metadata().state_dict_metadata
+    except Exception as error:  # it is a pickle: broken ones raise anything
+        raise CheckpointError(
+            f"{ckpt_dir / METADATA_NAME} cannot be read ({error}): remove the folder to go on from"
+            " an earlier checkpoint"
+        ) from error
+    prefix = f"{model_key}." if model_key else ""
+    return {
+        name.removeprefix(prefix): entry
+        for name, entry in index.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _check_fits(model_state: dict, ckpt_dir: Path, model_key: str) -> None:
+    """CheckpointError where names or shapes differ: loading alone takes what it finds."""
+    saved = {name: list(x.size) for name, x in _tensor_entries(ckpt_dir, model_key).items()}
+    own = {name: list(x.shape) for name, x in model_state.items()}
+    differing = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{ckpt_dir} is of another model: {name} is {saved.get(name, 'absent')} there and"
+            f" {own.get(name, 'absent')} here ({len(differing)} such differences): give model.* as"
+            f" in its {CONFIG_NAME}"
+        )
+
+
+def _dcp_load(state: dict, ckpt_dir: Path, no_dist: bool = False) -> None:
+    try:
+        dcp.load(state, checkpoint_id=ckpt_dir, no_dist=no_dist)
+    except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise CheckpointError(
-            f"{ckpt_dir} cannot be loaded into this model ({first}): check that model.* is what the"
-            " checkpoint was trained with (its params.json)"
+            f"{ckpt_dir} cannot be loaded ({first}): if the folder is damaged, remove it to go on"
+            " from an earlier checkpoint"
         ) from error
 
 
@@ -205,8 +263,11 @@ class CheckpointManager:
 
     @classmethod
     def instantiate_and_make_dir(cls, args: CheckpointArgs) -> "CheckpointManager":
+        """Make the folder, and remove from it what an interrupted run left half-done."""
         if get_is_master():
             os.makedirs(args.path, exist_ok=True)
+            for partial in Path(args.path).glob(f"{PARTIAL_PREFIX}*"):
+                shutil.rmtree(partial, ignore_errors=True)
         _barrier()
         return cls(args)
 
@@ -221,8 +282,7 @@ class CheckpointManager:
         if get_is_master():
             for folder in self.existing_saves:
                 if folder not in kept:
-                    logger.info("removing checkpoint %s", folder)
-                    shutil.rmtree(folder)
+                    _remove(folder)
         _barrier()
         self.existing_saves = [folder for folder in self.existing_saves if folder in kept]
 
@@ -259,10 +319,11 @@ class CheckpointManager:
         An existing whole checkpoint of the same step is kept: the run that made it
         reached the same state.
         """
+        rank, size = data_parallel_rank(device_mesh)
         folder = self.path / FOLDER_NAME.format(train_state.step)
-        if _from_master(is_checkpoint(folder)):
+        if _from_master(is_checkpoint(folder) and _n_train_states(folder) == size):
             return True
-        partial = self.path / f"{PARTIAL_PREFIX}{folder.name}"
+        partial = _partial(folder)
         if get_is_master():
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -271,7 +332,6 @@ class CheckpointManager:
         dcp.save(self.get_state_dict(model, optimizer), checkpoint_id=partial)
         if get_is_master():
             _write_json(partial / CONFIG_NAME, asdict(config))
-        rank, _ = data_parallel_rank(device_mesh)
         _write_json(partial / TRAIN_STATE_NAME.format(rank), train_state.state_dict())
         _barrier()
         if get_is_master():
@@ -280,7 +340,8 @@ class CheckpointManager:
             _sync_folder(self.path)
         _barrier()
         logger.info("saved %s", folder)
-        self.existing_saves = self.get_existing_saves()
+        # One listing for all: that of another node's file system may be a little older.
+        self.existing_saves = _from_master(self.get_existing_saves())
         self.clean_up()
         return True
 
@@ -294,26 +355,48 @@ class CheckpointManager:
     ) -> bool:
         """Resume from `path` or the newest checkpoint; False where there is none.
 
-        Rank 0 chooses the folder for all. Weights, optimizer and train state come from
-        it; the learning rate follows the scheduler's restored state.
+        Rank 0 chooses the folder for all. Weights, the optimizer's memory and train state
+        come from it; the learning rate follows the scheduler's restored state.
         """
         rank, size = data_parallel_rank(device_mesh)
         folder = _from_master(Path(path) if path else self.get_last_step_path())
         if folder is None:
             return False
-        state_file = folder / TRAIN_STATE_NAME.format(rank)
-        if not state_file.is_file():
-            saved = len(list(folder.glob(TRAIN_STATE_NAME.format(0).replace("00000", "*"))))
+        saved = _n_train_states(folder)
+        # Each has its own place in the data.
+        if saved != size:
             raise CheckpointError(
                 f"{folder} was saved by {saved} data-parallel processes, this run has {size}: start"
                 f" it with {saved}, or begin a new run from its weights with"
                 f" checkpoint.init_ckpt_path={folder}"
+                if saved
+                else f"{folder} holds no {TRAIN_STATE_NAME.format(rank)}, so nothing can be resumed"
+                " from it: give a folder such as dump_dir/checkpoints/0000001000"
             )
         logger.info("resuming from %s", folder)
+        state = _read_json(folder / TRAIN_STATE_NAME.format(rank))
         load_from_checkpoint(folder, model, optimizer)
-        # Last, because it pushes the learning rate, which the optimizer's state holds too.
-        train_state.load_state_dict(_read_json(state_file))
+        train_state.load_state_dict(state)
         return True
+
+
+def _partial(folder: Path) -> Path:
+    """Where a checkpoint is written, and whereto it is moved to be deleted."""
+    return folder.with_name(PARTIAL_PREFIX + folder.name)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. That it cannot be deleted is no reason to end a run."""
+    logger.info("removing checkpoint %s", folder)
+    try:
+        folder.rename(_partial(folder))
+        shutil.rmtree(_partial(folder))
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+
+
+def _n_train_states(folder: Path) -> int:
+    return len(list(folder.glob(TRAIN_STATE_NAME.replace("{:05d}", "*"))))
 
 
 def data_parallel_rank(device_mesh: DeviceMesh | None) -> tuple[int, int]:

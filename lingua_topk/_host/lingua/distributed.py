@@ -20,6 +20,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Optional
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch.multiprocessing import get_start_method, set_start_method
 from lingua.errors import ConfigError
 from lingua.parallel import (
     check_model_value_range,
+    check_parallelism,
     default_fsdp_grouping_plan,
     get_default_policy,
     get_device_mesh,
@@ -41,8 +43,6 @@ from lingua.parallel import (
 logger = logging.getLogger(__name__)
 
 SPAWN_METHODS = ("fork", "forkserver", "spawn")
-MODEL_DTYPES = ("bf16", "fp16", "fp32", "fp64")
-FSDP_TYPES = ("no_shard", "full_shard")
 
 
 @dataclass
@@ -206,26 +206,29 @@ def _group(mesh: DeviceMesh | None):
     return mesh.get_group() if mesh is not None else None
 
 
-def _reduce(x: float | int | list, op, mesh: DeviceMesh | None, dtype=None) -> Tensor:
-    tensor = torch.as_tensor(x, dtype=dtype, device=get_device())
+def _reduce(x: float | int | list | Tensor, op, mesh: DeviceMesh | None) -> Tensor:
+    """All processes' x, reduced; integers stay integers, floats become float64."""
+    tensor = torch.as_tensor(x if isinstance(x, Tensor) else numpy.asarray(x)).detach()
+    dtype = torch.float64 if tensor.is_floating_point() else torch.int64
+    tensor = tensor.to(get_device(), dtype, copy=True)
     if dist.is_initialized():
         dist.all_reduce(tensor, op=op, group=_group(mesh))
     return tensor
 
 
-def dist_max(x: float | int | list, mesh: DeviceMesh | None = None) -> Tensor:
+def dist_max(x: float | int | list | Tensor, mesh: DeviceMesh | None = None) -> Tensor:
     """The largest over all processes, element by element."""
     return _reduce(x, ReduceOp.MAX, mesh)
 
 
-def dist_sum(x: float | int | list, mesh: DeviceMesh | None = None) -> Tensor:
+def dist_sum(x: float | int | list | Tensor, mesh: DeviceMesh | None = None) -> Tensor:
     """The sum over all processes, element by element."""
     return _reduce(x, ReduceOp.SUM, mesh)
 
 
-def dist_mean(x: float | int | list, mesh: DeviceMesh | None = None) -> Tensor:
+def dist_mean(x: float | int | list | Tensor, mesh: DeviceMesh | None = None) -> Tensor:
     """The mean over all processes, element by element. (gloo has no average.)"""
-    total = _reduce(x, ReduceOp.SUM, mesh, dtype=torch.float64)
+    total = _reduce(x, ReduceOp.SUM, mesh).double()
     size = dist.get_world_size(_group(mesh)) if dist.is_initialized() else 1
     return total / size
 
@@ -249,9 +252,11 @@ def requeue_slurm_job() -> None:
     if "SLURM_JOB_ID" in os.environ and get_is_master() and os.environ.get("LAUNCH_WITH") != "DORA":
         job = os.environ["SLURM_JOB_ID"]
         logger.warning("requeueing SLURM job %s", job)
-        answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        if answer.returncode != 0:
-            logger.error("scontrol requeue %s failed: %s", job, answer.stderr.strip())
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip()
+            logger.error("scontrol requeue %s failed: %s", job, reason)
     sys.exit(0)
 
 
@@ -284,25 +289,12 @@ def clean_env() -> Iterator[None]:
 
 def validate_distributed_args(args: DistributedArgs, world_size: int) -> None:
     """Fill in dp_replicate where the product does not fit, and refuse what cannot run."""
-    for field, value, allowed in (
-        ("spawn_method", args.spawn_method, SPAWN_METHODS),
-        ("model_dtype", args.model_dtype, MODEL_DTYPES),
-        ("fsdp_type", args.fsdp_type, FSDP_TYPES),
-    ):
-        if value not in allowed:
-            raise ConfigError(
-                f"distributed.{field}={value!r} is not known: choose one of {', '.join(allowed)}"
-            )
-    if args.tp_size != 1:
+    if args.spawn_method not in SPAWN_METHODS:
         raise ConfigError(
-            f"distributed.tp_size={args.tp_size} is not offered by the embedded host: set it to 1,"
-            " or run inside Meta Lingua (LINGUA_HOME)"
+            f"distributed.spawn_method={args.spawn_method!r} is not known: choose one of"
+            f" {', '.join(SPAWN_METHODS)}"
         )
-    if args.float8_recipe is not None:
-        raise ConfigError(
-            f"distributed.float8_recipe={args.float8_recipe!r} is not offered by the embedded"
-            " host: set it to null, or run inside Meta Lingua (LINGUA_HOME)"
-        )
+    check_parallelism(args)
     if args.dp_shard < 1 or world_size % args.dp_shard != 0:
         raise ConfigError(
             f"distributed.dp_shard={args.dp_shard} does not divide the {world_size} processes:"

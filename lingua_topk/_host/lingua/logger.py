@@ -5,6 +5,8 @@ import sys
 import time
 from datetime import datetime, timedelta
 
+from tqdm import tqdm
+
 from lingua.distributed import get_global_rank, get_is_slurm_job
 
 
@@ -25,10 +27,20 @@ class LogFormatter(logging.Formatter):
         elapsed = timedelta(seconds=round(record.created - self.start_time))
         rank = f"{self.rank}: " if self.show_rank else ""
         prefix = f"{rank}{record.levelname:<7} {when} - {elapsed} - "
-        message = record.getMessage()
-        if record.exc_info:
-            message = f"{message}\n{self.formatException(record.exc_info)}"
-        return prefix + message.replace("\n", "\n" + " " * len(prefix))
+        # The message, and a traceback or a stack where there is one.
+        text = super().format(record)
+        return prefix + text.replace("\n", "\n" + " " * len(prefix))
+
+
+class _Console(logging.StreamHandler):
+    """Writes each record in one piece, above whatever progress bar is on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record) + self.terminator, file=self.stream, end="")
+            self.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class _Below(logging.Filter):
@@ -42,7 +54,7 @@ class _Below(logging.Filter):
 
 def set_root_log_level(level: str) -> None:
     """Set the level by its name; "NOTSET" lets every record through."""
-    logging.getLogger().setLevel(getattr(logging, level.upper()))
+    logging.getLogger().setLevel(level.upper())
 
 
 def init_logger(
@@ -56,14 +68,16 @@ def init_logger(
     target.setLevel(level)
     for handler in list(target.handlers):
         target.removeHandler(handler)
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
     formatter = LogFormatter()
-    out = logging.StreamHandler(sys.stdout)
+    out = _Console(sys.stdout)
     out.addFilter(_Below(logging.WARNING))
-    err = logging.StreamHandler(sys.stderr)
+    err = _Console(sys.stderr)
     err.setLevel(logging.WARNING)
     handlers: list[logging.Handler] = [out, err]
     if log_file is not None and get_global_rank() == 0:
-        handlers.append(logging.FileHandler(log_file, mode="a"))
+        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         target.addHandler(handler)

@@ -70,10 +70,14 @@ class MetricLogger:
         self.run = None
 
     def open(self) -> None:
-        self.jsonl_writer = open(self.outdir, "a", encoding="utf-8")  # noqa: SIM115
+        if self.jsonl_writer is not None:
+            return
         settings = getattr(getattr(self.args, "logging", None), "wandb", None)
-        if settings is not None and get_is_master():
-            self.run = _wandb().init(config=asdict(self.args), **asdict(settings))
+        # On every rank, so that all fail where it is missing.
+        wandb = None if settings is None else import_wandb()
+        self.jsonl_writer = open(self.outdir, "a", encoding="utf-8")  # noqa: SIM115
+        if wandb is not None and get_is_master():
+            self.run = wandb.init(config=asdict(self.args), **asdict(settings))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line, `created_at` (UTC) added, whole and flushed."""
@@ -99,7 +103,8 @@ class MetricLogger:
         self.close()
 
 
-def _wandb():
+def import_wandb():
+    """The module; ConfigError where it is not installed."""
     try:
         import wandb
     except ImportError:
@@ -130,7 +135,8 @@ class GPUMemoryMonitor:
     def __init__(self, device: str | torch.device = "cuda:0"):
         self.device = torch.device(device)
         if self.device.type == "cuda":
-            self.device_index = self.device.index or 0
+            index = self.device.index
+            self.device_index = torch.cuda.current_device() if index is None else index
             properties = torch.cuda.get_device_properties(self.device)
             self.device_name = properties.name
             self.device_capacity = properties.total_memory

@@ -3,10 +3,11 @@
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -20,6 +21,7 @@ TORCH_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+FSDP_TYPES = ("no_shard", "full_shard")
 
 # What activation checkpointing keeps rather than computes again: the matrix products
 # and the attention, which is where the time goes.
@@ -32,8 +34,39 @@ default_no_recompute_ops = {
 }
 
 
+def check_parallelism(args) -> None:
+    """ConfigError for what of the `distributed` section is unknown or not offered."""
+    for field, allowed in (("model_dtype", tuple(TORCH_DTYPES)), ("fsdp_type", FSDP_TYPES)):
+        value = getattr(args, field)
+        if value not in allowed:
+            raise ConfigError(
+                f"distributed.{field}={value!r} is not known: choose one of {', '.join(allowed)}"
+            )
+    for field, without in (("tp_size", 1), ("float8_recipe", None)):
+        value = getattr(args, field)
+        if value != without:
+            raise ConfigError(
+                f"distributed.{field}={value} is not offered by the embedded host: set it to"
+                f" {'null' if without is None else without}, or run inside Meta Lingua"
+                " (LINGUA_HOME)"
+            )
+    if args.fsdp_type == "no_shard" and args.dp_shard != 1:
+        raise ConfigError(
+            f"distributed.dp_shard={args.dp_shard} with distributed.fsdp_type=no_shard, which keeps"
+            " the whole weights on every process: set fsdp_type=full_shard, or dp_shard=1"
+        )
+
+
 def get_device_mesh(distributed_args) -> DeviceMesh:
     """Processes as (dp_replicate, dp_shard); dp_shard is left out where it would be idle."""
+    check_parallelism(distributed_args)
+    product = distributed_args.dp_replicate * distributed_args.dp_shard
+    if dist.is_initialized() and product != dist.get_world_size():
+        raise ConfigError(
+            f"distributed.dp_replicate={distributed_args.dp_replicate} times"
+            f" dp_shard={distributed_args.dp_shard} is not {dist.get_world_size()}, the number of"
+            " processes: correct one of them"
+        )
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     shape, names = [distributed_args.dp_replicate], ["dp_replicate"]
     if distributed_args.dp_shard > 1 or distributed_args.fsdp_type == "no_shard":
@@ -80,10 +113,10 @@ def parallelize_model(
     """Apply activation checkpointing, FSDP2 and compilation, in this order, in place.
 
     The master weights keep their dtype; the forward and backward run in
-    `distributed.model_dtype`, gradients are summed in float32 or better.
+    `distributed.model_dtype`, gradients are summed in float32 or better. `tp_parallelize`
+    is not used: tensor parallelism is refused.
     """
-    if distributed_args.tp_size > 1:
-        tp_parallelize(model, device_mesh["tp"], model_args, distributed_args)
+    check_parallelism(distributed_args)
     if distributed_args.selective_activation_checkpointing:
         _recompute_blocks(model, model_args.n_layers, no_recompute_ops)
     _shard(model, device_mesh, distributed_args, fsdp_grouping_plan, model_args.n_layers)
@@ -105,17 +138,15 @@ def _recompute_blocks(model: nn.Module, n_layers: int, no_recompute_ops) -> None
 
 
 def _shard(model, device_mesh, distributed_args, plan, n_layers) -> None:
-    if distributed_args.fsdp_type not in ("no_shard", "full_shard"):
-        raise ConfigError(
-            f"distributed.fsdp_type={distributed_args.fsdp_type!r} is not known: choose no_shard or"
-            " full_shard"
-        )
     dtype = TORCH_DTYPES[distributed_args.model_dtype]
-    reduce_dtype = torch.promote_types(dtype, torch.float32)
-    settings = {
-        "mesh": device_mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype),
-    }
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.promote_types(dtype, torch.float32),
+        # The weights alone set the dtype. FSDP's default would also round the rotary table,
+        # an input of every block, and training would rotate otherwise than evaluation.
+        cast_forward_inputs=False,
+    )
+    settings = {"mesh": device_mesh, "mp_policy": policy}
     for path, reshard in plan or default_fsdp_grouping_plan(n_layers):
         fully_shard(get_module(model, path), **settings, reshard_after_forward=reshard)
     fully_shard(model, **settings, reshard_after_forward=True)

@@ -45,11 +45,15 @@ class _Profiler:
             record_shapes=True,
             with_stack=True,
         )
+        self._record_memory()
 
     def step(self) -> None:
         """Call it once an optimizer step."""
         self.steps += 1
         self.trace.step()
+        self._record_memory()
+
+    def _record_memory(self) -> None:
         if not torch.cuda.is_available():
             return
         if self.steps == self.config.mem_warmup:
@@ -81,10 +85,15 @@ def maybe_run_profiler(
     if not config.run:
         yield None
         return
-    if config.profile_steps < 1:
-        raise ConfigError(
-            f"profiling.profile_steps={config.profile_steps} is too small: give at least 1"
-        )
+    for name, least in (
+        ("mem_warmup", 0),
+        ("mem_steps", 1),
+        ("profile_warmup", 0),
+        ("profile_steps", 1),
+    ):
+        value = getattr(config, name)
+        if value < least:
+            raise ConfigError(f"profiling.{name}={value} is too small: give at least {least}")
     folder = Path(dump_dir) / config.trace_folder
     folder.mkdir(parents=True, exist_ok=True)
     profiler = _Profiler(folder, config)

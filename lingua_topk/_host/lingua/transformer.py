@@ -1,6 +1,7 @@
 """The decoder's parts, with Lingua's parameter names, initialisation and RoPE convention."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 from typing import Optional
@@ -8,13 +9,15 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lingua.errors import ConfigError
 
 # torch.compile is lazy: nothing is compiled before the first call on CUDA.
 flex_attention_comp = torch.compile(flex_attention)
+# On the CPU it is left uncompiled on purpose: see _attend_flex.
+warnings.filterwarnings("ignore", message=r"flex_attention called without torch\.compile")
 
 
 class InitStdFactor(Enum):
@@ -73,7 +76,10 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
 
     Pair j turns by position * theta^(-2 j / dim) (Su et al., arXiv 2104.09864).
     """
-    frequencies = theta ** (-torch.arange(0, dim, 2)[: dim // 2].float() / dim)  # [dim / 2]
+    exponents = torch.arange(0, dim, 2)[: dim // 2].float() / dim  # [dim / 2]
+    # 1 / x and not a negative power, to the last bit the table of Lingua and of Hugging Face:
+    # far into a sequence one bit of a frequency is a visible angle.
+    frequencies = 1.0 / theta**exponents
     angles = torch.outer(torch.arange(end, device=frequencies.device), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((cos, -sin, sin, cos), dim=-1).view(end, dim // 2, 2, 2)
@@ -130,15 +136,21 @@ def lengths_to_local_ids(lengths: Tensor) -> tuple[Tensor, Tensor]:
 def generate_doc_mask_mod(mask_mod, lengths: Tensor, kv_lengths: Tensor | None = None):
     """flex attention's mask of packed documents: `mask_mod` within one, nothing across.
 
-    lengths and kv_lengths (default: the same): [documents], int64.
+    lengths and kv_lengths (default: the same): [documents], int64. Positions behind the
+    last document belong to none.
     """
     kv_lengths = lengths if kv_lengths is None else kv_lengths
     q_document, q_position = lengths_to_local_ids(lengths)
     kv_document, kv_position = lengths_to_local_ids(kv_lengths)
 
+    last_q, last_kv = len(q_document) - 1, len(kv_document) - 1
+
     def doc_mask_mod(b, h, q_idx, kv_idx):
-        same = q_document[q_idx] == kv_document[kv_idx]
-        return same & mask_mod(b, h, q_position[q_idx], kv_position[kv_idx])
+        # A kernel may ask about places behind the last document: nothing is there.
+        exists = (q_idx <= last_q) & (kv_idx <= last_kv)
+        q, kv = q_idx.clamp(max=last_q), kv_idx.clamp(max=last_kv)
+        same = q_document[q] == kv_document[kv]
+        return exists & same & mask_mod(b, h, q_position[q], kv_position[kv])
 
     return doc_mask_mod
 
@@ -155,9 +167,10 @@ def init_trunc_normal(weight: Tensor, std: float, bound: float) -> None:
         return
     whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     nn.init.trunc_normal_(whole, mean=0.0, std=std, a=-bound, b=bound)
-    own = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    mesh = weight.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     with torch.no_grad():
-        weight.copy_(own)
+        weight.copy_(replicated.redistribute(mesh, weight.placements))
 
 
 class RotaryEmbedding(nn.Module):
@@ -247,11 +260,11 @@ class Attention(nn.Module):
         mask=None,
         attn_impl: str = "sdpa",
     ) -> Tensor:
-        """x: [B, S, D], freq_cis: [S, E / 2, 2, 2]; mask as `attend` takes it."""
+        """x: [B, S, D], freq_cis: [S or more, E / 2, 2, 2]; mask as `attend` takes it."""
         xq = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))  # [B, S, Hq, E]
         xk = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))  # [B, S, Hk, E]
         xv = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        xq, xk = apply_rotary_emb(xq, xk, 1, freq_cis)
+        xq, xk = apply_rotary_emb(xq, xk, 1, freq_cis[: x.shape[1]])
         if hasattr(self, "kv_cache"):
             xk, xv = self.kv_cache.update(xk, xv, tok_idx)
         xk = repeat_kv(xk, self.heads_per_group, dim=2)
@@ -288,7 +301,7 @@ def attend(xq: Tensor, xk: Tensor, xv: Tensor, mask, attn_impl: str) -> Tensor:
 
 def _attend_sdpa(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
     if not (mask is None or isinstance(mask, Tensor) or mask == "causal"):
-        raise TypeError(f'sdpa takes None, "causal" or a tensor as mask, not {type(mask).__name__}')
+        raise TypeError(f'sdpa takes None, "causal" or a tensor as mask, not {_named(mask)}')
     causal = isinstance(mask, str)
     return F.scaled_dot_product_attention(
         xq, xk, xv, is_causal=causal, attn_mask=None if causal else mask
@@ -297,13 +310,21 @@ def _attend_sdpa(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
 
 def _attend_flex(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
     if not (mask is None or isinstance(mask, BlockMask)):
-        raise TypeError(f"flex_attention takes a BlockMask as mask, not {type(mask).__name__}")
-    # Compiling for the CPU costs more than it gives back there.
+        raise TypeError(f"flex_attention takes a BlockMask as mask, not {_named(mask)}")
+    # Compiling for the CPU costs more than it gives back; torch has no backward for it there.
     attention = flex_attention_comp if xq.is_cuda else flex_attention
     return attention(xq, xk, xv, block_mask=mask)
 
 
 def _attend_fmha(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
+    fmha = import_fmha()
+    if not (mask is None or isinstance(mask, fmha.AttentionBias)):
+        raise TypeError(f"fmha takes an xformers AttentionBias as mask, not {_named(mask)}")
+    return fmha.memory_efficient_attention(xq, xk, xv, attn_bias=mask)
+
+
+def import_fmha():
+    """xformers' attention, which is optional, or ConfigError."""
     try:
         from xformers.ops import fmha
     except ImportError as error:
@@ -311,9 +332,11 @@ def _attend_fmha(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
             'attn_impl="fmha" needs xformers, which cannot be imported: install the extra'
             ' "cuda", or use attn_impl="sdpa"'
         ) from error
-    if not (mask is None or isinstance(mask, fmha.AttentionBias)):
-        raise TypeError(f"fmha takes an xformers AttentionBias as mask, not {type(mask).__name__}")
-    return fmha.memory_efficient_attention(xq, xk, xv, attn_bias=mask)
+    return fmha
+
+
+def _named(mask) -> str:
+    return repr(mask) if isinstance(mask, str) else type(mask).__name__
 
 
 class FeedForward(nn.Module):
@@ -328,10 +351,16 @@ class FeedForward(nn.Module):
         mp_size: int = 1,
     ):
         super().__init__()
+        _at_least_one(multiple_of=multiple_of)
         hidden_dim = int(2 * hidden_dim / 3)
         if ffn_dim_multiplier is not None:
             hidden_dim = int(ffn_dim_multiplier * hidden_dim)
         hidden_dim = multiple_of * math.ceil(hidden_dim / multiple_of)
+        if hidden_dim < 1:
+            raise ConfigError(
+                f"model.ffn_dim_multiplier={ffn_dim_multiplier} leaves the feed-forward no width:"
+                " give a larger one"
+            )
         self.dim = dim
         self.hidden_dim = hidden_dim
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
@@ -349,26 +378,39 @@ class FeedForward(nn.Module):
         init_trunc_normal(self.w2.weight, out_std, 3 * out_std)
 
 
+def _at_least_one(**values) -> None:
+    """ConfigError for a field of `model` that is given and below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"model.{name}={value} is too small: give at least 1")
+
+
 def _head_dims(args: BaseTransformerArgs) -> tuple[int, int, int]:
     """head_dim, n_heads and n_kv_heads, or ConfigError."""
+    _at_least_one(
+        dim=args.dim, head_dim=args.head_dim, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads
+    )
     if args.n_heads is None and args.head_dim is None:
         raise ConfigError(
             "model.n_heads and model.head_dim are both unset: give at least one of them"
         )
     n_heads = args.n_heads or args.dim // args.head_dim
-    head_dim = args.head_dim or args.dim // n_heads
-    n_kv_heads = args.n_kv_heads or n_heads
-    if args.dim % n_heads != 0:
+    if n_heads == 0 or args.dim % n_heads != 0:
         raise ConfigError(
             f"model.n_heads={n_heads} does not divide model.dim={args.dim}: give a divisor"
+            if args.n_heads
+            else f"model.head_dim={args.head_dim} gives {n_heads} heads, which do not divide"
+            f" model.dim={args.dim}: give a divisor, or set model.n_heads as well"
         )
-    if n_heads % n_kv_heads != 0:
-        raise ConfigError(
-            f"model.n_kv_heads={n_kv_heads} does not divide model.n_heads={n_heads}: give a divisor"
-        )
+    head_dim = args.head_dim or args.dim // n_heads
     if head_dim % 2 != 0:
         raise ConfigError(
             f"model.head_dim={head_dim} is odd: rotary embeddings turn pairs, give an even number"
+        )
+    n_kv_heads = args.n_kv_heads or n_heads
+    if n_heads % n_kv_heads != 0:
+        raise ConfigError(
+            f"model.n_kv_heads={n_kv_heads} does not divide model.n_heads={n_heads}: give a divisor"
         )
     return head_dim, n_heads, n_kv_heads
 
@@ -420,6 +462,7 @@ class BaseTransformer(nn.Module):
 
     def __init__(self, args: BaseTransformerArgs):
         super().__init__()
+        _at_least_one(n_layers=args.n_layers, max_seqlen=args.max_seqlen)
         self.dim = args.dim
         self.init_base_std = args.init_base_std
         try:

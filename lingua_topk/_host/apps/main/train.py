@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from apps.main.transformer import (
     LMTransformer,
@@ -225,13 +224,18 @@ def _validate_model_of_last_checkpoint(args: TrainArgs) -> None:
             )
 
 
-preemption_flag = {"flag": False}
+preemption_flag = {"flag": False, "requeue": False}
 
 
 def set_preemption_flag(signum, frame) -> None:
-    """Ask the loop to save and end after the step it is in."""
+    """Ask the loop to save and end after the step it is in.
+
+    SIGUSR2 is SLURM's warning before a time limit, after which the job is to go on;
+    SIGTERM is meant to end it, by scancel for example.
+    """
     logger.warning("signal %s: saving and ending after this step", signal.Signals(signum).name)
     preemption_flag["flag"] = True
+    preemption_flag["requeue"] = signum == signal.SIGUSR2
 
 
 def every_n_steps(
@@ -366,7 +370,6 @@ def train(args: TrainArgs) -> None:
         stack.callback(gc.enable)
         gc.collect()
         progress = stack.enter_context(_progress_bar(args, run.state.step))
-        stack.enter_context(logging_redirect_tqdm())
         _loop(run, batches, metric_logger, profiler, progress)
 
 
@@ -413,7 +416,7 @@ class _Speed:
 def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tqdm) -> None:
     args, state = run.args, run.state
     run.model.train()
-    preemption_flag["flag"] = False
+    preemption_flag.update(flag=False, requeue=False)
     speed = _Speed()
     losses: list[Tensor] = []
     saved = False
@@ -458,10 +461,12 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
             saved = saved or _save(run)
             evaluate(run)
             run.model.train()
-        if _preempted(run):
+        if _any_rank(preemption_flag["flag"]):
             saved or _save(run)
             logger.info("ending after step %d of %d, as asked", state.step, args.steps)
-            requeue_slurm_job()
+            if _any_rank(preemption_flag["requeue"]):
+                requeue_slurm_job()
+            sys.exit(0)
     if not saved:
         _save(run)
     gc.collect()
@@ -510,12 +515,9 @@ def _save(run: Run) -> bool:
     return run.checkpoint.save(run.model, run.optimizer, run.state, run.args)
 
 
-def _preempted(run: Run) -> bool:
-    """Whether any rank was asked to end: all must leave the loop after the same step."""
-    flag = preemption_flag["flag"]
-    if get_world_size() == 1:
-        return flag
-    return bool(dist_max(int(flag)).item())
+def _any_rank(flag: bool) -> bool:
+    """Whether it is set on any rank: all must leave the loop after the same step."""
+    return bool(dist_max(int(flag)).item()) if get_world_size() > 1 else flag
 
 
 def _metrics(

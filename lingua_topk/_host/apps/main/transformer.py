@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+
 from lingua.errors import ConfigError
 from lingua.transformer import (
     BaseTransformer,
@@ -12,10 +15,9 @@ from lingua.transformer import (
     TiedLinear,
     causal_mask,
     cross_entropy,
+    import_fmha,
     init_trunc_normal,
 )
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
 
 
 @dataclass
@@ -42,11 +44,10 @@ def create_causal_mask(seqlen: int, attn_impl: str, sliding_window: int | None, 
             _windowed(sliding_window), None, None, seqlen, seqlen, device=device or "cpu"
         )
     if attn_impl == "fmha":
-        from xformers.ops import fmha
-
+        biases = import_fmha().attn_bias
         if sliding_window is None:
-            return fmha.attn_bias.LowerTriangularMask()
-        return fmha.attn_bias.LocalAttentionFromBottomRightMask(
+            return biases.LowerTriangularMask()
+        return biases.LocalAttentionFromBottomRightMask(
             window_left=sliding_window - 1, window_right=0
         )
     raise NotImplementedError(
@@ -73,6 +74,11 @@ class LMTransformer(BaseTransformer):
             raise ConfigError(
                 f"model.vocab_size={args.vocab_size} is not a size: give the tokenizer's, or leave"
                 " it out and training fills it in"
+            )
+        if args.sliding_window is not None and args.sliding_window < 1:
+            raise ConfigError(
+                f"model.sliding_window={args.sliding_window} is too small: give at least 1, a token"
+                " itself, or null for all before it"
             )
         self.weight_tying = args.weight_tying
         self.sliding_window = args.sliding_window
