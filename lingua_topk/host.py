@@ -8,7 +8,6 @@ unrelated package called `lingua` can take its place, and appends only that root
 """
 
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
@@ -17,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lingua_topk.errors import HostError
-
-logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "LINGUA_TOPK_HOST"
 HOME_VARIABLE = "LINGUA_HOME"
@@ -57,20 +54,21 @@ def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) ->
     that is not there.
     """
     environ = os.environ if environ is None else environ
-    wanted = environ.get(HOST_VARIABLE, "auto")
+    cwd = Path.cwd() if cwd is None else cwd
+    wanted = environ.get(HOST_VARIABLE) or "auto"
     if wanted not in CHOICES:
         raise HostError(
             f"{HOST_VARIABLE}={wanted!r} is not a host: allowed are {', '.join(CHOICES)}"
         )
     if wanted == "embedded":
         return Host("embedded", EMBEDDED_ROOT)
-    root = _find_checkout(environ, cwd or Path.cwd())
+    root = _find_checkout(environ, cwd)
     if root is not None:
         return Host("lingua", root, _commit(root))
     if wanted == "lingua":
         raise HostError(
-            f"{HOST_VARIABLE}=lingua, but {HOME_VARIABLE} is not set and {cwd or Path.cwd()} is no"
-            f" checkout of facebookresearch/lingua (looked for {' and '.join(MARKS)}):"
+            f"{HOST_VARIABLE}=lingua, but {HOME_VARIABLE} is not set and {cwd} is no checkout of"
+            f" facebookresearch/lingua (looked for {' and '.join(MARKS)}):"
             f" set {HOME_VARIABLE} to a checkout, or {HOST_VARIABLE}=embedded"
         )
     return Host("embedded", EMBEDDED_ROOT)
@@ -79,31 +77,40 @@ def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) ->
 def _find_checkout(environ: Mapping[str, str], cwd: Path) -> Path | None:
     home = environ.get(HOME_VARIABLE)
     if home:
-        root = Path(home).expanduser().resolve()
-        missing = [mark for mark in MARKS if not (root / mark).is_file()]
+        root = (cwd / Path(home).expanduser()).resolve()
+        if root == EMBEDDED_ROOT:
+            raise HostError(
+                f"{HOME_VARIABLE}={home!r} is the embedded host, not a checkout of"
+                " facebookresearch/lingua: correct it, or unset it and set"
+                f" {HOST_VARIABLE}=embedded"
+            )
+        missing = _missing(root)
         if missing:
             raise HostError(
                 f"{HOME_VARIABLE}={home!r} is not a checkout of facebookresearch/lingua:"
-                f" {', '.join(missing)} not found there; correct it, or unset it to use the"
+                f" {', '.join(missing)} not found in {root}; correct it, or unset it to use the"
                 " embedded host"
             )
         return root
-    return cwd.resolve() if _is_checkout(cwd) else None
+    root = cwd.resolve()
+    return None if root == EMBEDDED_ROOT or _missing(root) else root
 
 
-def _is_checkout(root: Path) -> bool:
-    return all((root / mark).is_file() for mark in MARKS)
+def _missing(root: Path) -> list[str]:
+    return [mark for mark in MARKS if not (root / mark).is_file()]
 
 
 def _commit(root: Path) -> str | None:
+    """The commit of the repository whose top folder is `root`, None if it is not one."""
     try:
         answer = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    top, commit = answer.stdout.splitlines()
+    return commit if Path(top).resolve() == root else None
 
 
 def bind(apps_path: MutableSequence[str], host: Host | None = None) -> Host:
@@ -129,7 +136,7 @@ def bind(apps_path: MutableSequence[str], host: Host | None = None) -> Host:
 
 
 def _bind_lingua(host: Host) -> None:
-    folder = host.root / "lingua"
+    folder = (host.root / "lingua").resolve()
     loaded = sys.modules.get("lingua")
     if loaded is not None:
         where = [Path(entry).resolve() for entry in getattr(loaded, "__path__", [])]

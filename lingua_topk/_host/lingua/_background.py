@@ -2,9 +2,11 @@
 
 import atexit
 import contextlib
+import importlib
 import logging
 import logging.handlers
 import multiprocessing as mp
+import operator
 import pickle
 import signal
 import threading
@@ -23,7 +25,7 @@ SECONDS_TO_END = 2.0
 
 
 class BufferQueue:
-    """At most `size` items on their way from one process to one other.
+    """`size` items on their way from one process to one other, and what the pipe takes.
 
     A pipe of which each process keeps its own end only: so each notices when the other
     is gone, even one that was killed in the middle of an item. (With
@@ -99,6 +101,30 @@ class _ForwardedLogs(logging.handlers.QueueHandler):
         self.queue.put(record)
 
 
+class _Imported:
+    """Unpickles as the module called `name`, which it imports."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __reduce__(self):
+        return importlib.import_module, (self.name,)
+
+
+class _BoundFeedBuffer:
+    """`feed_buffer`; unpickles in a new process that does not know yet where `lingua` is.
+
+    Such a process imports the main module, which is a notebook or a script that knows
+    nothing of `lingua`, as likely as not. Importing `apps` binds it.
+    """
+
+    def __call__(self, *args) -> None:
+        feed_buffer(*args)
+
+    def __reduce__(self):
+        return operator.getitem, ((_Imported("apps.main"), feed_buffer), 1)
+
+
 def feed_buffer(
     queue: BufferQueue,
     stop_event: Any,
@@ -171,7 +197,7 @@ def async_iterator(
         raise ConfigError(f"data.prefetch_size={buffer_size} is too small: give at least 1")
     queue, stop_event = BufferQueue(buffer_size), mp.Event()
     producer = mp.Process(
-        target=feed_buffer,
+        target=_BoundFeedBuffer(),
         args=(queue, stop_event, iterator_builder),
         name="data-loader",
         daemon=True,

@@ -15,7 +15,8 @@ from lingua.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# More than this share of malformed lines, once so many lines of a file were read, is no accident.
+# A file is refused once more than this share of the lines read are malformed; fewer lines
+# than MIN_LINES_TO_JUDGE are judged as if so many had been read.
 MAX_MALFORMED_SHARE = 0.1
 MIN_LINES_TO_JUDGE = 100
 # Skipped lines of a source that are reported one by one; the others are only counted.
@@ -80,9 +81,11 @@ def _parse(line: bytes) -> Document:
         content = json.loads(line.decode())
     except UnicodeDecodeError:
         raise _MalformedLine("not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        # A JSONDecodeError also names a place, but as one in this line.
-        raise _MalformedLine(f"not JSON: {getattr(error, 'msg', error)}") from None
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise _MalformedLine(f"not JSON: {what} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
+        raise _MalformedLine(f"not JSON: {error}") from None
     if not isinstance(content, dict):
         raise _MalformedLine("not a JSON object")
     if text_of(content) is None:
@@ -118,9 +121,7 @@ class _SkippedLines:
             self._judge()
 
     def _judge(self) -> None:
-        if self._n_read < MIN_LINES_TO_JUDGE:
-            return
-        if self._n_malformed > MAX_MALFORMED_SHARE * self._n_read:
+        if self._n_malformed > MAX_MALFORMED_SHARE * max(self._n_read, MIN_LINES_TO_JUDGE):
             raise DataError(
                 f"{self._path}: {self._n_malformed} of the first {self._n_read} lines read are"
                 f" malformed, more than {MAX_MALFORMED_SHARE:.0%} (first of all: {self.first}):"
@@ -169,12 +170,13 @@ def _read_part(
             if not first <= index % block_size < stop:
                 continue
             skipped.count_line()
-            raw = raw.removeprefix(codecs.BOM_UTF8) if is_bom_line else raw
-            if raw.isspace():
+            content = raw.removeprefix(codecs.BOM_UTF8) if is_bom_line else raw
+            content = content.rstrip()
+            if not content:
                 skipped.skip(index, position, "empty")
                 continue
             try:
-                document = _parse(raw)
+                document = _parse(content)
             except _MalformedLine as reason:
                 skipped.skip(index, position, str(reason), malformed=True)
                 continue

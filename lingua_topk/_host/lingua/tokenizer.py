@@ -117,7 +117,7 @@ class ByteTokenizer(Tokenizer):
     def get_token_offsets(self, text, tokens=None):
         text = well_formed(text)
         tokens = self.encode(text) if tokens is None else tokens
-        return offsets_of_spelling(text, [bytes([t]) if t < 256 else b"" for t in tokens])
+        return offsets_of_spelling(text, [bytes([t]) if 0 <= t < 256 else b"" for t in tokens])
 
 
 class MockTokenizer(Tokenizer):
@@ -131,11 +131,10 @@ class MockTokenizer(Tokenizer):
         return list(well_formed(tokens).encode() if isinstance(tokens, str) else tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode(errors="backslashreplace")
+        return ByteTokenizer().decode(tokens)
 
     def get_token_offsets(self, text, tokens=None):
-        tokens = self.encode(text) if tokens is None else tokens
-        return offsets_of_spelling(well_formed(text), [bytes([t]) for t in tokens])
+        return ByteTokenizer().get_token_offsets(text, tokens)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -229,7 +228,9 @@ class TikTokenTokenizer(Tokenizer):
         text = well_formed(text)
         tokens = self.encode(text, False, False) if tokens is None else tokens
         single = self.tkt_model.decode_single_token_bytes
-        return offsets_of_spelling(text, [single(t) if t < self.n_ranks else b"" for t in tokens])
+        return offsets_of_spelling(
+            text, [single(t) if 0 <= t < self.n_ranks else b"" for t in tokens]
+        )
 
 
 def _special_names() -> list[str]:
@@ -257,6 +258,14 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         raise ConfigError(
             f"data.tokenizer.path={path}: its ranks are not 0, 1, 2 ... without a gap: the file"
             " is incomplete or not a tiktoken rank file"
+        )
+    # tiktoken panics, instead of raising, at a byte that is no token.
+    absent = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if absent:
+        raise ConfigError(
+            f"data.tokenizer.path={path}: {len(absent)} of the 256 bytes are no token of it (first"
+            f" of all {absent[0]:#04x}), so that not every text can be encoded: give a whole rank"
+            " file"
         )
     return ranks
 
