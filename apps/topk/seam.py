@@ -6,7 +6,7 @@ checked before any is replaced, and all are put back on exit.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class Seam:
-    """The replacements for one run; they share the scheduler that drives alpha."""
+    """The replacements for one run; they share the scheduler that drives alpha.
 
-    def __init__(self, train_module: ModuleType, eval_module: ModuleType):
+    `started` is called in every process once the run is certain: the config is checked, the
+    log is open, the weights are in place.
+    """
+
+    def __init__(
+        self, train_module: ModuleType, eval_module: ModuleType, started: Callable[[], None]
+    ):
+        self._started = started
         self._build_optimizer = _lookup(train_module, "build_optimizer")
         self._dist_mean_dict = _lookup(train_module, "dist_mean_dict")
         self.annealing: AnnealingScheduler | None = None
@@ -44,6 +51,7 @@ class Seam:
         Called after the weights are on their device, which is when counters can be made.
         """
         optimizer, scheduler = self._build_optimizer(model, args, n_steps)
+        self._started()
         handle = topk_handle(model)
         if handle is None:
             return optimizer, scheduler
@@ -72,12 +80,12 @@ def _lookup(module: ModuleType, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def install() -> Iterator[ModuleType]:
+def install(started: Callable[[], None] = lambda: None) -> Iterator[ModuleType]:
     """Within it the host's loop trains TopK models. Yields the host's apps.main.train."""
     import apps.main.eval as eval_module
     import apps.main.train as train_module
 
-    seam = Seam(train_module, eval_module)
+    seam = Seam(train_module, eval_module, started)
     originals = [(module, name, getattr(module, name)) for module, name, _ in seam.replacements]
     try:
         for module, name, replacement in seam.replacements:

@@ -1,6 +1,9 @@
 """Train a TopK language model, or its vanilla twin, with the host's training loop."""
 
+import json
+import logging
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch.distributed as dist
 import yaml
@@ -9,9 +12,13 @@ from omegaconf import OmegaConf
 from apps.topk import cli
 from apps.topk.eval import EvalArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
+from apps.topk.provenance import provenance, write_json
 from apps.topk.seam import install
+from lingua.distributed import get_is_master, get_world_size
 from lingua_topk import TopKArgs
 from lingua_topk.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "apps.topk.train"
 DESCRIPTION = """\
@@ -29,12 +36,23 @@ def main() -> None:
 def train(args: TopKTrainArgs) -> None:
     """Check what is ours, write down what runs, and hand over to the host's loop."""
     validate(args)
-    with install() as train_module:
+    with install(lambda: _write_provenance(args)) as train_module:
         try:
             train_module.train(args)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _write_provenance(args: TopKTrainArgs) -> None:
+    """The host, versions and seeds of each start of the run: a list in provenance.json."""
+    if not get_is_master():
+        return
+    origin = provenance(seed=args.seed, model_seed=args.model.seed, processes=get_world_size())
+    logger.info("lingua_topk %s on the %s", origin["lingua_topk"], origin["host"])
+    path = Path(args.dump_dir, "provenance.json")
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*earlier, origin])
 
 
 def validate(args: TopKTrainArgs) -> None:

@@ -155,6 +155,16 @@ def test_a_stopped_run_goes_on_where_it_was(corpus, whole_run, tmp_path, monkeyp
         assert {key: line[key] for key in same} == {key: other[key] for key in same}
 
 
+def test_every_start_is_written_down(corpus, whole_run, tmp_path):
+    train(train_args(corpus, tmp_path / "run", "steps=2"))
+    train(train_args(corpus, tmp_path / "run", "steps=3"))
+    starts = json.loads((tmp_path / "run" / "provenance.json").read_text(encoding="utf-8"))
+    assert [start["host"] for start in starts] == ["embedded host"] * 2
+    assert starts[0]["seed"] == 7 and starts[0]["processes"] == 1
+    log = (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    assert log.count("on the embedded host") == 2
+
+
 def test_a_finished_run_says_so_and_stays_as_it_is(corpus, whole_run, capsys):
     metrics, folder = whole_run
     train(train_args(corpus, folder))
