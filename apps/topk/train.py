@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from apps.topk import cli
-from apps.topk.eval import EvalArgs, check_dtype, check_validation
+from apps.topk.eval import EvalArgs, ValidationArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
 from apps.topk.provenance import provenance, write_json
 from apps.topk.seam import install
@@ -86,8 +86,13 @@ class _EvalSection:
 
 
 def _notes() -> str:
-    defaults = yaml.safe_dump({"model": {"topk": TopKArgs().__dict__}}, sort_keys=False)
-    return f"The section model.topk, where given, and its defaults:\n\n{defaults}".rstrip()
+    topk = yaml.safe_dump({"model": {"topk": asdict(TopKArgs())}}, sort_keys=False)
+    validation = yaml.safe_dump({"eval": {"validation": asdict(ValidationArgs())}}, sort_keys=False)
+    return (
+        f"The section model.topk, where given, and its defaults:\n\n{topk}\n"
+        "The section eval, where given: every checkpoint.eval.every steps and at the end, on the\n"
+        f"*.val.jsonl files of the sources and on others that are named:\n\n{validation}"
+    ).rstrip()
 
 
 if __name__ == "__main__":
