@@ -153,12 +153,12 @@ def setup_env(env_args: EnvironmentArgs) -> None:
     triton_cache = tempfile.mkdtemp(prefix="triton_")
     atexit.register(shutil.rmtree, triton_cache, ignore_errors=True)
     wanted = {**asdict(env_args), "TRITON_CACHE_DIR": triton_cache}
-    for name, value in wanted.items():
-        if name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") and not torch.cuda.is_available():
-            continue
-        if os.environ.get(name) != str(value):
-            logger.info("environment: %s=%s", name, value)
-            os.environ[name] = str(value)
+    if not torch.cuda.is_available():
+        del wanted["OMP_NUM_THREADS"], wanted["MKL_NUM_THREADS"]
+    changed = {name: str(v) for name, v in wanted.items() if os.environ.get(name) != str(v)}
+    if changed:
+        logger.info("environment: %s", " ".join(f"{k}={v}" for k, v in changed.items()))
+    os.environ.update(changed)
 
 
 def setup_torch_distributed(dist_args: DistributedArgs) -> None:
