@@ -18,6 +18,8 @@ Usage: ./setup.sh [command]
   (none)                      make or update .venv; quick when nothing changed
   quickstart [key=value ...]  set up if needed, then train and compare a TopK model and its twin
   test [pytest arguments]     set up if needed, then run the test suite
+  lingua DIR                  set up with all that Meta Lingua imports, and link apps/topk into the
+                              checkout of facebookresearch/lingua in DIR
   help                        show this text
 
 Environment variables
@@ -129,6 +131,19 @@ ensure() {
   say ".venv is ready"
 }
 
+# link_into DIR: apps/topk becomes a part of a checkout; nothing that is there gives way.
+link_into() {
+  local checkout="$1" mark link
+  for mark in lingua/transformer.py apps/main/train.py; do
+    [[ -f "$checkout/$mark" ]] ||
+      die "'$checkout' is no checkout of facebookresearch/lingua: it has no $mark"
+  done
+  link="$checkout/apps/topk"
+  if [[ -L "$link" && "$(readlink -- "$link")" == "$root/apps/topk" ]]; then return; fi
+  [[ ! -e "$link" && ! -L "$link" ]] || die "$link is there already: move it, then run this again"
+  ln -s -- "$root/apps/topk" "$link"
+}
+
 main() {
   local command="${1:-}"
   case "$command" in
@@ -144,6 +159,16 @@ main() {
       ensure dev
       export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$test_threads}"
       exec "$python" -m pytest "${test_flags[@]}" "${@:2}"
+      ;;
+    lingua)
+      [[ $# -eq 2 && -d "${2:-}" ]] ||
+        die "give the folder of a checkout of facebookresearch/lingua: ./setup.sh lingua DIR"
+      local checkout
+      checkout="$(cd -- "$2" && pwd -P)"
+      link_into "$checkout"
+      ensure lingua
+      say "apps/topk is linked into $checkout; from there: torchrun -m apps.topk.train config=..."
+      say "or from here: LINGUA_HOME=$checkout torchrun -m apps.topk.train config=..."
       ;;
     help | -h | --help)
       usage

@@ -3,8 +3,8 @@
 Standard library only. A host is a root folder that holds both
 `lingua/transformer.py` and `apps/main/train.py`. Binding puts that root's `lingua`
 into `sys.modules` by its path, so that neither another root on `sys.path` nor an
-unrelated package called `lingua` can take its place, and appends only that root's
-`apps` folder to our `apps.__path__`.
+unrelated package called `lingua` can take its place, and puts only that root's `apps`
+folder in front of `apps.__path__`.
 """
 
 import importlib.util
@@ -128,11 +128,23 @@ def bind(apps_path: MutableSequence[str], host: Host | None = None) -> Host:
             " process"
         )
     _bind_lingua(host)
-    folder = str(host.root / "apps")
-    if folder not in apps_path:
-        apps_path.append(folder)
+    _bind_apps_main(host, apps_path)
     _bound = host
     return host
+
+
+def _bind_apps_main(host: Host, apps_path: MutableSequence[str]) -> None:
+    """Put the host's `apps` folder first: where ours is linked into a checkout, that has a main."""
+    folder = host.root / "apps"
+    main = sys.modules.get("apps.main")
+    if main is not None and Path(main.__file__).resolve().parent != (folder / "main").resolve():
+        raise HostError(
+            f"apps.main is already imported from {main.__file__}, but the host is {host.root}:"
+            " import apps.topk before it, or start a new process"
+        )
+    if str(folder) in apps_path:
+        apps_path.remove(str(folder))
+    apps_path.insert(0, str(folder))
 
 
 def _bind_lingua(host: Host) -> None:

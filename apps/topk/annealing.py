@@ -10,18 +10,39 @@ from lingua_topk import TopKHandle
 from lingua_topk.anneal import alpha_at
 
 
-class AnnealingScheduler:
-    """The host's learning-rate scheduler, and the alpha of a TopK model with it.
+class ResumableScheduler:
+    """The host's learning-rate scheduler, with a first step after a resume at the right rate.
+
+    LambdaLR restores its own state only: Meta Lingua's first step would run with the rate of
+    step 0, which with a warm-up is none at all.
+    """
+
+    def __init__(self, scheduler: LambdaLR):
+        self.scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["scheduler"], name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore, and push the learning rate into the optimizer."""
+        self.scheduler.load_state_dict(state_dict)
+        groups = self.scheduler.optimizer.param_groups
+        for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+
+class AnnealingScheduler(ResumableScheduler):
+    """The learning rate, and the alpha of a TopK model with it.
 
     alpha follows from the scheduler's step count, so that whatever restores the one
-    restores the other. Everything else is the host's scheduler.
+    restores the other.
 
     Attributes:
         used_alpha: alpha of the last finished optimizer step.
     """
 
     def __init__(self, scheduler: LambdaLR, handle: TopKHandle, n_steps: int):
-        self.scheduler = scheduler
+        super().__init__(scheduler)
         self.handle = handle
         self.n_steps = n_steps
         self.stats = handle.start_stats()
@@ -31,9 +52,6 @@ class AnnealingScheduler:
         args = self.handle.args
         step = self.scheduler.last_epoch
         return alpha_at(step, self.n_steps, args.anneal_ratio, args.anneal_schedule)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["scheduler"], name)
 
     def step(self, *args, **kwargs) -> None:
         self.used_alpha = self.handle.alpha
@@ -46,13 +64,10 @@ class AnnealingScheduler:
         return {**self.scheduler.state_dict(), "topk": {"idle": idle}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore, and push the learning rate, which LambdaLR does not do by itself."""
+        """Restore both; neurons go on being idle for as long as they have been."""
         state = dict(state_dict)
         idle = state.pop("topk", {}).get("idle", {})
-        self.scheduler.load_state_dict(state)
-        groups = self.scheduler.optimizer.param_groups
-        for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        super().load_state_dict(state)
         for i, stats in self.stats.items():
             saved = idle.get(str(i))
             if saved is not None and len(saved) == len(stats.idle):

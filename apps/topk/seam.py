@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from apps.topk.annealing import AnnealingScheduler
+from apps.topk.annealing import AnnealingScheduler, ResumableScheduler
 from apps.topk.model import TopKTransformer
 from lingua_topk import topk_handle
 from lingua_topk.errors import HostError
@@ -54,7 +54,7 @@ class Seam:
         self._started()
         handle = topk_handle(model)
         if handle is None:
-            return optimizer, scheduler
+            return optimizer, ResumableScheduler(scheduler)
         self.annealing = AnnealingScheduler(scheduler, handle, n_steps)
         return optimizer, self.annealing
 

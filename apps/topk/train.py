@@ -9,7 +9,7 @@ import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 
-from apps.topk import cli
+from apps.topk import cli, lingua_host
 from apps.topk.eval import EvalArgs, ValidationArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
 from apps.topk.provenance import provenance, write_json
@@ -36,6 +36,10 @@ def main() -> None:
 def train(args: TopKTrainArgs) -> None:
     """Check what is ours, write down what runs, and hand over to the host's loop."""
     validate(args)
+    if lingua_host.is_finished(args):
+        if get_is_master():
+            print(f"this run has done its {args.steps} steps already; nothing to do")
+        return
     with install(lambda: _write_provenance(args)) as train_module:
         try:
             train_module.train(args)
@@ -46,6 +50,7 @@ def train(args: TopKTrainArgs) -> None:
 
 def _write_provenance(args: TopKTrainArgs) -> None:
     """The host, versions and seeds of each start of the run: a list in provenance.json."""
+    lingua_host.log_supplied()
     if not get_is_master():
         return
     origin = provenance(seed=args.seed, model_seed=args.model.seed, processes=get_world_size())
@@ -57,6 +62,7 @@ def _write_provenance(args: TopKTrainArgs) -> None:
 
 def validate(args: TopKTrainArgs) -> None:
     """ConfigError for what the host does not check before it writes."""
+    lingua_host.validate(args)
     if args.eval is not None:
         _validate_eval(args)
     topk = args.model.topk

@@ -1,0 +1,108 @@
+"""What Meta Lingua (437d680) lacks or gets wrong beside current libraries, and we need.
+
+Supplied where that is harmless, with a line in the log; refused with what to do elsewhere.
+Nothing here has an effect on the embedded host. The table in the README lists the cases.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lingua_topk import host
+from lingua_topk.errors import ConfigError, HostError
+
+logger = logging.getLogger(__name__)
+
+# What the checkout imports before it trains, beyond the standard library and torch.
+NEEDED = ("numpy", "omegaconf", "sentencepiece", "tiktoken", "lm_eval", "wandb", "xformers")
+
+# Said once the run's log is open.
+_supplied: list[str] = []
+
+
+def is_lingua() -> bool:
+    """Whether the bound host is a checkout of Meta Lingua."""
+    bound = host.bound()
+    return bound is not None and bound.kind == "lingua"
+
+
+def supply_missing_or_exit() -> None:
+    """`supply_missing`, for an import: a HostError ends the program with one line."""
+    if not is_lingua():
+        return
+    try:
+        supply_missing()
+    except HostError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+
+
+def supply_missing() -> None:
+    """Make `apps.main.train` of a checkout importable. HostError for packages not installed.
+
+    Called before the checkout is imported: a half import would stay in `sys.modules`.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HostError(
+            f"the {host.bound().describe()} needs {', '.join(missing)}, not installed here: run"
+            f" ./setup.sh lingua {host.bound().root}, or set {host.HOST_VARIABLE}=embedded"
+        )
+    _supply_flash_operator()
+
+
+def _supply_flash_operator() -> None:
+    """Lingua looks up an operator, as a key of a table, that some builds of xformers lack."""
+    import torch
+    import xformers.ops  # registers the operator, where it has it
+
+    try:
+        torch.ops.xformers_flash.flash_fwd.default  # noqa: B018
+    except AttributeError:
+        # It is never called: without it nothing of the kind can appear in a forward pass.
+        torch.library.define("xformers_flash::flash_fwd", "(Tensor x) -> Tensor")
+        _supplied.append(
+            f"xformers {xformers.__version__} with torch {torch.__version__} registers no"
+            " xformers_flash::flash_fwd, which Lingua looks up: a name without a body stands in"
+        )
+
+
+def log_supplied() -> None:
+    """Say what was supplied, in the log of the run."""
+    for line in _supplied:
+        logger.info("%s", line)
+
+
+def validate(args: Any) -> None:
+    """ConfigError for what the checkout's loop would only find out, or get wrong, later.
+
+    args: the training arguments.
+    """
+    if not is_lingua() or args.eval is None:
+        return
+    if args.async_eval_gpus is not None:
+        raise ConfigError(
+            f"async_eval_gpus={args.async_eval_gpus}: Meta Lingua would start its own evaluator,"
+            " which ignores model.topk: set it to null, and evaluate between two training steps"
+        )
+    every = args.checkpoint
+    if args.steps % every.dump.every and args.steps % every.eval.every:
+        raise ConfigError(
+            f"steps={args.steps} with eval: Meta Lingua evaluates the last step before it saves it,"
+            " so it would score an earlier checkpoint: make steps a multiple of"
+            f" checkpoint.dump.every={every.dump.every} or"
+            f" checkpoint.eval.every={every.eval.every}"
+        )
+
+
+def is_finished(args: Any) -> bool:
+    """Whether the run has done all its steps already, on which Meta Lingua's loop breaks."""
+    if not is_lingua():
+        return False
+    folder = Path(args.checkpoint.path or Path(args.dump_dir, "checkpoints"))
+    done = [int(state.parent.name) for state in folder.glob("[0-9]*/train_state_00000.json")]
+    return bool(done) and max(done) >= args.steps

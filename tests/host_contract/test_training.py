@@ -1,0 +1,209 @@
+"""TopK models in Meta Lingua's own, unmodified loop, beside the embedded host's.
+
+Lingua runs in a process of its own, its CUDA and NCCL calls answered by the CPU and gloo.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lingua_topk.anneal import alpha_at
+from tests.apps.tiny import K, read_metrics, write_config, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = os.environ.get("LINGUA_HOME", "")
+pytestmark = pytest.mark.skipif(not HOME, reason="LINGUA_HOME names no checkout of Meta Lingua")
+
+STEPS = 30
+LAUNCHER = "tests/host_contract/lingua_on_cpu.py"
+
+
+def command(host, corpus, dump_dir, *overrides, processes=1, program="apps.topk.train"):
+    """The words of a command line, and the environment that it runs in."""
+    words = [sys.executable]
+    if processes > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if host == "lingua":
+        words.append(LAUNCHER)
+    words += ["-m", program, f"config={corpus}/config.yaml", f"data.root_dir={corpus}"]
+    words += [f"dump_dir={dump_dir}", *overrides]
+    return words, {**os.environ, "OMP_NUM_THREADS": "1", "LINGUA_TOPK_HOST": host}
+
+
+def run(host, corpus, dump_dir, *overrides, **launch):
+    words, environment = command(host, corpus, dump_dir, *overrides, **launch)
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def train(host, corpus, dump_dir, *overrides, **launch):
+    done = run(host, corpus, dump_dir, *overrides, **launch)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = write_corpus(tmp_path_factory.mktemp("corpus"))
+    write_config(root / "config.yaml")
+    return root
+
+
+@pytest.fixture(scope="module")
+def lingua_run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lingua") / "run"
+    return folder, train("lingua", corpus, folder, "eval.validation.context=8")
+
+
+@pytest.fixture(scope="module")
+def embedded_run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded") / "run"
+    return folder, train("embedded", corpus, folder, "eval.validation.context=8")
+
+
+def compared(line):
+    """What two hosts must agree on in a line of metrics.jsonl."""
+    return {k: v for k, v in line.items() if k.startswith(("loss/", "optim/", "topk/"))}
+
+
+def assert_same(metrics, expected, tolerance=1e-4):
+    assert [line["global_step"] for line in metrics] == [line["global_step"] for line in expected]
+    for line, other in zip(metrics, expected, strict=True):
+        assert compared(line).keys() == compared(other).keys()
+        for key, value in compared(line).items():
+            assert value == pytest.approx(other[key], abs=tolerance, rel=tolerance), key
+
+
+def test_alpha_falls_and_k_neurons_fire(lingua_run):
+    metrics = read_metrics(lingua_run[0])
+    assert len(metrics) == STEPS
+    for line in metrics:
+        assert line["topk/alpha"] == alpha_at(line["global_step"] - 1, STEPS, 0.5)
+        if line["topk/alpha"] == 0:
+            assert line["topk/l0/0"] == pytest.approx(K, abs=0.05)
+
+
+def test_both_hosts_train_the_same_model(lingua_run, embedded_run):
+    assert_same(read_metrics(lingua_run[0]), read_metrics(embedded_run[0]))
+
+
+def test_both_hosts_evaluate_the_same(lingua_run, embedded_run):
+    results = []
+    for folder, _ in (lingua_run, embedded_run):
+        path = folder / "evals" / f"{STEPS:010d}" / "validation.json"
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+    assert results[0]["text"]["nll_per_token"] == pytest.approx(
+        results[1]["text"]["nll_per_token"], abs=1e-4
+    )
+    assert results[0]["provenance"]["host"].startswith("Meta Lingua at")
+    assert results[1]["provenance"]["host"] == "embedded host"
+
+
+def test_the_log_names_host_and_commit(lingua_run):
+    log = (lingua_run[0] / "train.log").read_text(encoding="utf-8")
+    assert f"Meta Lingua at {Path(HOME).resolve()}" in log
+    (start,) = json.loads((lingua_run[0] / "provenance.json").read_text(encoding="utf-8"))
+    assert start["host"] in log
+
+
+@pytest.mark.parametrize(("first", "second"), [("lingua", "embedded"), ("embedded", "lingua")])
+@pytest.mark.parametrize("topk", [True, False])
+def test_a_run_goes_on_in_the_other_host(corpus, tmp_path, first, second, topk):
+    """The first step after the change has its learning rate, its alpha and its batch."""
+    variant = [] if topk else ["model.topk=null"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(first, corpus, whole, *variant)
+    shutil.copytree(whole, halves)
+    for step in (20, 30):
+        shutil.rmtree(halves / "checkpoints" / f"{step:010d}")
+    (halves / "metrics.jsonl").unlink()
+    for params in halves.glob("checkpoints/*/params.json"):  # they name the folder they were in
+        params.write_text(params.read_text("utf-8").replace(str(whole), str(halves)), "utf-8")
+    train(second, corpus, halves, *variant)
+    assert_same(read_metrics(halves), read_metrics(whole)[10:])
+
+
+def test_a_signal_saves_and_a_restart_goes_on(corpus, tmp_path, lingua_run):
+    """SIGUSR2 outside SLURM makes Lingua end with an error after it has saved."""
+    words, environment = command("lingua", corpus, tmp_path / "run", "checkpoint.dump.every=1000")
+    started = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    for line in started.stdout:
+        if b"step: 5 " in line:
+            started.send_signal(signal.SIGUSR2)
+            break
+    started.stdout.read()
+    started.wait(timeout=60)
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1 and 5 <= saved[0] < STEPS
+    before = read_metrics(tmp_path / "run")
+    train("lingua", corpus, tmp_path / "run", "checkpoint.dump.every=1000")
+    after = read_metrics(tmp_path / "run")[len(before) :]
+    assert_same(after, read_metrics(lingua_run[0])[saved[0] :])
+
+
+def test_two_processes_count_the_neurons_of_both(corpus, tmp_path, embedded_run):
+    """Both hosts from the same weights; Lingua's own initialisation differs by process on gloo."""
+    init = f"checkpoint.init_ckpt_path={embedded_run[0]}/checkpoints/0000000010"
+    metrics = {}
+    for host in ("lingua", "embedded"):
+        train(host, corpus, tmp_path / host, init, "steps=8", processes=2)
+        metrics[host] = read_metrics(tmp_path / host)
+    assert len(metrics["lingua"]) == 8
+    assert_same(metrics["lingua"], metrics["embedded"])
+
+
+def test_data_can_be_loaded_in_a_process_of_its_own(corpus, tmp_path, lingua_run):
+    train("lingua", corpus, tmp_path / "run", "steps=30", "data.load_async=true")
+    assert_same(read_metrics(tmp_path / "run"), read_metrics(lingua_run[0]))
+
+
+def test_a_finished_run_says_so(corpus, lingua_run):
+    folder, _ = lingua_run
+    before = read_metrics(folder)
+    done = train("lingua", corpus, folder, "eval.validation.context=8")
+    assert f"has done its {STEPS} steps already" in done.stdout
+    assert read_metrics(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.topk.k=0"], "model.topk.k=0 is too small"),
+        (["eval.validation.context=8", "steps=31"], "make steps a multiple of"),
+        (["eval.validation.context=8", "async_eval_gpus=8"], "ignores model.topk"),
+    ],
+)
+def test_a_mistake_is_one_line(corpus, tmp_path, overrides, message):
+    done = run("lingua", corpus, tmp_path / "run", *overrides)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_runs_from_the_checkout_with_our_folder_linked_in(corpus, tmp_path):
+    """As ./setup.sh lingua links it; LINGUA_HOME is not needed there."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(HOME, checkout, ignore=shutil.ignore_patterns(".git", "topk"))
+    (checkout / "apps" / "topk").symlink_to(ROOT / "apps" / "topk")
+    for host, described in (("auto", f"Meta Lingua at {checkout}"), ("embedded", "embedded host")):
+        words, environment = command(host, corpus, tmp_path / host, "steps=2")
+        if host == "auto":
+            words.insert(1, str(ROOT / LAUNCHER))
+            environment["LINGUA_HOME"] = str(checkout)
+        else:
+            del environment["LINGUA_HOME"]
+        done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        start = json.loads((tmp_path / host / "provenance.json").read_text(encoding="utf-8"))[0]
+        assert start["host"].startswith(described)
+        assert len(read_metrics(tmp_path / host)) == 2
