@@ -53,7 +53,8 @@ class AnnealingScheduler(ResumableScheduler):
         step = self.scheduler.last_epoch
         return alpha_at(step, self.n_steps, args.anneal_ratio, args.anneal_schedule)
 
-    def step(self, *args, **kwargs) -> None:
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """After an optimizer step: the learning rate and the alpha of the next one."""
         self.used_alpha = self.handle.alpha
         self.scheduler.step(*args, **kwargs)
         self.handle.alpha = self._alpha()

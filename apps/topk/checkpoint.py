@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "params.json"
 METADATA_NAME = ".metadata"
 CONSOLIDATED_NAME = "consolidated.pth"
+TRAIN_STATE_NAME = "train_state_00000.json"
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -44,7 +45,7 @@ class Checkpoint:
         folder: where it lies.
         params: the training run's whole config.
         model_args: of the model, with `topk` where it has TopK.
-        step: optimizer steps done, or None where the folder's name does not tell.
+        step: optimizer steps done; None where a folder holds the weights alone.
     """
 
     folder: Path
@@ -78,10 +79,18 @@ class Checkpoint:
     ) -> TopKTransformer:
         """The model in evaluation mode, with its weights.
 
-        alpha is 0, or with `as_trained` what training had reached.
+        alpha is 0, or with `as_trained` what training had reached: CheckpointError where the
+        folder does not tell.
         """
         model = TopKTransformer(self.model_args)
+        if self.params["distributed"].get("model_dtype") == "fp64":
+            model = model.double()
         self._load(model)
+        if as_trained and self.step is None:
+            raise CheckpointError(
+                f"{self.folder} does not say at which step it was saved, so as_trained=true has no"
+                " alpha to use: give the folder that training wrote"
+            )
         handle = topk_handle(model)
         if handle is not None and self.alpha > 0:
             if as_trained:
@@ -121,22 +130,30 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f" the folder of one checkpoint{_example(folder)}"
         )
     params = _read_params(folder / CONFIG_NAME)
-    # A consolidated folder lies inside the checkpoint it was made from.
-    name = folder.parent.name if folder.name == "consolidated" else folder.name
     return Checkpoint(
-        folder=folder,
-        params=params,
-        model_args=_model_args(folder, params),
-        step=int(name) if re.fullmatch(r"\d{10,}", name) else None,
+        folder=folder, params=params, model_args=_model_args(folder, params), step=_step(folder)
     )
+
+
+def _step(folder: Path) -> int | None:
+    """The step at which training saved `folder`, whatever it is called now."""
+    # A consolidated folder lies inside the checkpoint it was made from.
+    for place in (folder, folder.parent):
+        try:
+            state = json.loads((place / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
+            return int(state["step"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return None
 
 
 def newest_checkpoint(dump_dir: str | Path) -> Path:
     """The folder of the last checkpoint of a run. CheckpointError where there is none."""
-    found = sorted(Path(dump_dir, "checkpoints").glob(f"[0-9]*/{METADATA_NAME}"))
-    if not found:
+    found = Path(dump_dir, "checkpoints").glob(f"*/{METADATA_NAME}")
+    folders = [path.parent for path in found if re.fullmatch(r"\d{10,}", path.parent.name)]
+    if not folders:
         raise CheckpointError(f"{dump_dir} has no checkpoint: give the dump_dir of a training run")
-    return found[-1].parent
+    return max(folders, key=lambda folder: int(folder.name))
 
 
 def _example(folder: Path) -> str:
@@ -147,9 +164,13 @@ def _example(folder: Path) -> str:
 def _read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
-        if all(key in params for key in ("model", "data", "steps", "distributed")):
+        sections = [params["model"], params["data"], params["distributed"]]
+        sections.append(params["data"]["tokenizer"])
+        if all(isinstance(one, dict) for one in sections) and isinstance(params["steps"], int):
             return params
-        reason = "model, data, steps or distributed is missing"
+        reason = "model, data, distributed or steps is not what training writes"
+    except LookupError as error:
+        reason = f"{error} is missing"
     except (OSError, ValueError, TypeError) as error:
         reason = one_line(str(error))
     raise CheckpointError(f"{path} is not the config of a training run ({reason})")

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -133,7 +134,7 @@ def _explain(error: Exception, config: DictConfig, layer: DictConfig, origin: st
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     known = [str(k) for k in node] if isinstance(node, DictConfig) else []
-    if known and name not in known:
+    if known and re.sub(r"\[\d+\]$", "", name) not in known:
         return f"{key} (in {origin}) is no known key: {nearest(name, known)}"
     return f"{key} (in {origin}): {one_line(str(error).splitlines()[0])}"
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,6 +40,8 @@ ckpt_dir is the folder of one checkpoint, such as DUMP_DIR/checkpoints/000000100
 validation.sources are .jsonl files or folders with *.val.jsonl files; those of the sources that
 the model was trained on are added unless validation.use_val_from_train_src=false."""
 
+# The key of validation.json that is no source.
+PROVENANCE = "provenance"
 VALIDATION_PATTERN = "*.val.jsonl"
 TEXT_KEYS = ["text", "content"]
 
@@ -65,6 +66,8 @@ class ValidationArgs:
 
 @dataclass
 class EvalArgs:
+    """What is evaluated, and where the results go."""
+
     name: str = "evals"
     dump_dir: Optional[str] = None  # noqa: UP045
     # Where metrics.validation.jsonl is appended to; training sets its own dump_dir.
@@ -79,6 +82,11 @@ class EvalArgs:
 
 
 def main() -> None:
+    """The command line; a user's mistake ends the process with status 2."""
+    cli.run(_main)
+
+
+def _main() -> None:
     args = cli.read_config(EvalArgs, PROGRAM, DESCRIPTION, NOTES)
     init_logger()
     setup_torch_distributed(DistributedArgs())
@@ -103,6 +111,7 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
     longest, data = checkpoint.model_args.max_seqlen, checkpoint.params["data"]
     sources, window, context = check_validation(args.validation, data, longest)
     dtype = check_dtype(args.dtype or checkpoint.params["distributed"]["model_dtype"])
+    _make_folders(args)
     tokenizer = checkpoint.tokenizer()
     model = checkpoint.model(_device(), DTYPES[dtype], args.as_trained)
     results = {}
@@ -117,6 +126,19 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
         _write(args, checkpoint, dtype, results)
     _barrier()
     return results
+
+
+def _make_folders(args: EvalArgs) -> None:
+    """What is written in the end can be written: better known before the work than after."""
+    for field_name in ("dump_dir", "metric_log_dir"):
+        folder = getattr(args, field_name)
+        try:
+            if folder and get_global_rank() == 0:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{field_name}={folder} cannot be written ({error.strerror}): give another folder"
+            ) from None
 
 
 def check_validation(
@@ -166,7 +188,7 @@ def find_sources(args: ValidationArgs, data: dict[str, Any]) -> dict[str, list[P
             "validation.sources is empty and validation.use_val_from_train_src=false: name at"
             " least one source"
         )
-    names = [path.name for path in paths]
+    names = [path.name for path in paths] + [PROVENANCE]
     return {path.name if names.count(path.name) == 1 else str(path): _files(path) for path in paths}
 
 
@@ -210,14 +232,14 @@ def _write(
         checkpoint=str(checkpoint.folder), step=checkpoint.step, dtype=dtype,
         processes=get_world_size(), args=args.__dict__ | {"validation": args.validation.__dict__},
     )  # fmt: skip
-    write_json(Path(args.dump_dir, "validation.json"), {**results, "provenance": origin})
+    write_json(Path(args.dump_dir, "validation.json"), {**results, PROVENANCE: origin})
     if args.metric_log_dir:
         line = {"created_at": datetime.now(timezone.utc).isoformat(), **results}
         if args.global_step is not None:
             line["global_step"] = args.global_step
         path = Path(args.metric_log_dir, "metrics.validation.jsonl")
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + os.linesep)
+            file.write(json.dumps(line) + "\n")
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
@@ -225,11 +247,16 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(
         f"{name}: perplexity {result['perplexity']:.3f},"
         f" {result['bits_per_byte']:.4f} bits a byte,"
-        f" {result['nll_per_token']:.4f} +- {result['nll_per_token_stderr']:.4f} nats a token,"
+        f" {result['nll_per_token']:.4f} nats a token"
+        f" (standard error {_shown(result['nll_per_token_stderr'])}),"
         f" {result['tokens']:,} tokens in {result['documents']:,} documents"
         for name, result in results.items()
     )
 
 
+def _shown(error: float | None) -> str:
+    return "unknown" if error is None else f"{error:.4f}"
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    main()

@@ -10,12 +10,16 @@ from lingua_topk import TopKArgs, apply_topk
 
 @dataclass
 class TopKTransformerArgs(LMTransformerArgs):
+    """The host's model section, with TopK."""
+
     # Absent or null: the vanilla twin.
     topk: Optional[TopKArgs] = None  # noqa: UP045 (OmegaConf reads this spelling in all versions)
 
 
 @dataclass
 class TopKTrainArgs(TrainArgs):
+    """The host's training config, its model with TopK."""
+
     model: TopKTransformerArgs = field(default_factory=TopKTransformerArgs)
 
 

@@ -33,9 +33,20 @@ def provenance(**fields: Any) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this source tree, marked when files differ from it; None outside git."""
+    if not (ROOT / ".git").exists():  # installed somewhere inside another repository, perhaps
+        return None
     try:
         answer = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+            [
+                "git",
+                "-C",
+                str(ROOT),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
@@ -52,7 +63,7 @@ def write_json(path: Path, content: Any) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+            json.dump(content, file, indent=2, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -6,9 +6,11 @@ that were held out. What is there from an earlier run is used.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from apps.topk import cli
+from apps.topk import cli, train
 from apps.topk.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from apps.topk.corpus.python_docs import PythonDocs
+from apps.topk.eval import PROVENANCE
+from apps.topk.model import TopKTrainArgs
 from apps.topk.prepare import prepare
 from lingua_topk.errors import CheckpointError, ConfigError
 
@@ -36,7 +40,7 @@ usage: python -m {PROGRAM} [key=value ...]
 {__doc__}
 The keys are those of apps.topk.train and go to both runs, for example steps=100.
 dump_dir (default {DUMP_DIR}) holds one folder a run: {", ".join(RUNS)}.
-Text is prepared where data.root_dir does not exist yet."""
+Text is prepared where data.root_dir does not exist yet; data.tokenizer.path goes with it."""
 
 NEXT = """\
 What to try next, from {root}:
@@ -48,15 +52,13 @@ What to try next, from {root}:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; mistakes raise a UserError, for `cli.run` to report."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return
-    # The whole config is checked before the first minute of work.
-    args = cli.read_config(_train_args_class(), PROGRAM, "", argv=[f"config={CONFIG}", *argv])
-    if args.model.topk is None or args.eval is None:
-        raise ConfigError("model.topk and eval cannot be null here: the quickstart compares both")
     overrides, dump_dir = _without_dump_dir(argv)
+    args = _checked(overrides, dump_dir)
     _prepare(Path(args.data.root_dir or ""))
     for name, extra in RUNS.items():
         _train(name, [*overrides, *extra, f"name={name}", f"dump_dir={dump_dir / name}"])
@@ -65,19 +67,61 @@ def main(argv: Sequence[str] | None = None) -> None:
             root=Path.cwd(), python=_shown(sys.executable), config=CONFIG, dump_dir=dump_dir
         )
     )
-    Console().print(comparison({name: dump_dir / name for name in RUNS}))
-
-
-def _train_args_class() -> type:
-    from apps.topk.model import TopKTrainArgs
-
-    return TopKTrainArgs
+    for table in comparison({name: dump_dir / name for name in RUNS}):
+        Console().print(table)
 
 
 def _without_dump_dir(argv: Sequence[str]) -> tuple[list[str], Path]:
     """The arguments for both runs, and the folder that their own ones lie in."""
-    given = OmegaConf.from_dotlist([a for a in argv if a.startswith("dump_dir=")])
-    return [a for a in argv if not a.startswith("dump_dir=")], Path(given.get("dump_dir", DUMP_DIR))
+    given = [a.partition("=")[2] for a in argv if a.startswith("dump_dir=")]
+    return [a for a in argv if not a.startswith("dump_dir=")], Path((given or [DUMP_DIR])[-1])
+
+
+def _checked(overrides: list[str], dump_dir: Path) -> TopKTrainArgs:
+    """The config of the TopK run. What is wrong with it is found before the first work.
+
+    Also where a run is there already, with another config: nothing of it would take effect.
+    """
+    args = cli.read_config(TopKTrainArgs, PROGRAM, "", argv=[f"config={CONFIG}", *overrides])
+    if args.model.topk is None or args.eval is None:
+        raise ConfigError("model.topk and eval cannot be null here: the quickstart compares both")
+    args.model.topk.validate(args.model.n_layers)
+    if Path(args.data.root_dir or "").exists():
+        train.validate(args)
+    for name in RUNS:
+        _check_same_run(dump_dir / name, args)
+    return args
+
+
+def _check_same_run(folder: Path, args: TopKTrainArgs) -> None:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    there = OmegaConf.to_container(cli.read_yaml(str(path)))
+    wanted = asdict(args)
+    if there["model"]["topk"] is None:
+        wanted["model"]["topk"] = None
+    for section in ("steps", "seed", "data", "optim", "model"):
+        different = _difference(wanted[section], there[section], section)
+        if different:
+            raise ConfigError(
+                f"{different} in the run that is in {folder}: give dump_dir=OTHER for a new pair of"
+                " runs, or the same keys as before to see this one"
+            )
+
+
+def _difference(wanted: Any, there: Any, key: str) -> str | None:
+    """ "key=WANTED, but it is THERE" for the first key that differs."""
+    if isinstance(wanted, dict) and isinstance(there, dict):
+        for name in wanted:
+            found = _difference(wanted[name], there.get(name), f"{key}.{name}")
+            if found:
+                return found
+        return None
+    # Training fills these in.
+    if wanted == there or key in ("model.vocab_size", "model.max_seqlen"):
+        return None
+    return f"{key}={wanted}, but it is {there}"
 
 
 def _prepare(root_dir: Path) -> None:
@@ -91,26 +135,46 @@ def _prepare(root_dir: Path) -> None:
 def _train(name: str, overrides: list[str]) -> None:
     """Train in a process of its own; where that fails it has said why, and so ends this one."""
     print(f"\ntraining: {name}", flush=True)
-    command = [sys.executable, "-m", "apps.topk.train", f"config={CONFIG}", *overrides]
-    status = subprocess.run(command).returncode
+    command = [sys.executable, "-m", train.PROGRAM, f"config={CONFIG}", *overrides]
+    child = subprocess.Popen(command)
+    # Whoever ends the quickstart ends the training, which saves first.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    try:
+        status = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status != 0:
         raise SystemExit(status if status > 0 else 1)
 
 
-def comparison(dump_dirs: dict[str, Path]) -> Table:
-    """The newest checkpoints of the runs side by side; the last run is the vanilla twin."""
+def comparison(dump_dirs: dict[str, Path]) -> list[Table]:
+    """The newest checkpoints of the runs side by side, a table a source.
+
+    The last run is the vanilla twin. CheckpointError where they differ in their steps.
+    """
     checkpoints = {name: open_checkpoint(newest_checkpoint(d)) for name, d in dump_dirs.items()}
+    steps = {name: checkpoint.step for name, checkpoint in checkpoints.items()}
+    if len(set(steps.values())) > 1:
+        raise CheckpointError(
+            f"the runs have done different numbers of steps ({steps}): run the quickstart again,"
+            " and the shorter one goes on"
+        )
     results = {name: _validation(dump_dirs[name], one) for name, one in checkpoints.items()}
-    source = next(iter(results["vanilla"].keys() - {"provenance"}))
-    twin = results["vanilla"][source]
-    table = Table(
-        title=f"held-out {source}: {twin['documents']:,} documents, {twin['tokens']:,} tokens"
-    )
-    for column in ("model", "k", "measured L0", "perplexity", "to the twin", "bits a byte"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, checkpoint in checkpoints.items():
-        table.add_row(name, *_cells(checkpoint, results[name][source], twin))
-    return table
+    twin = results[list(dump_dirs)[-1]]
+    tables = []
+    for source, measured in twin.items():
+        if source == PROVENANCE:
+            continue
+        table = Table(
+            title=f"held-out {source}: {measured['documents']:,} documents,"
+            f" {measured['tokens']:,} tokens"
+        )
+        for column in ("model", "k", "measured L0", "perplexity", "to the twin", "bits a byte"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for name, checkpoint in checkpoints.items():
+            table.add_row(name, *_cells(checkpoint, results[name][source], measured))
+        tables.append(table)
+    return tables
 
 
 def _cells(checkpoint: Checkpoint, result: dict[str, Any], twin: dict[str, Any]) -> list[str]:
@@ -132,7 +196,7 @@ def _validation(dump_dir: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}): delete {dump_dir}, and the quickstart trains anew"
+            f"{path} cannot be read ({error}): run the quickstart again, and it is written anew"
         ) from None
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -29,6 +30,11 @@ The run continues from the newest checkpoint in its dump_dir, if there is one.""
 
 
 def main() -> None:
+    """The command line; a user's mistake ends the process with status 2."""
+    cli.run(_main)
+
+
+def _main() -> None:
     args = cli.read_config(TopKTrainArgs, PROGRAM, DESCRIPTION, _notes())
     train(args)
 
@@ -56,8 +62,16 @@ def _write_provenance(args: TopKTrainArgs) -> None:
     origin = provenance(seed=args.seed, model_seed=args.model.seed, processes=get_world_size())
     logger.info("lingua_topk %s on the %s", origin["lingua_topk"], origin["host"])
     path = Path(args.dump_dir, "provenance.json")
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*earlier, origin])
+    write_json(path, [*_earlier_starts(path), origin])
+
+
+def _earlier_starts(path: Path) -> list[Any]:
+    """What is in provenance.json; nothing where somebody damaged it."""
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return starts if isinstance(starts, list) else []
 
 
 def validate(args: TopKTrainArgs) -> None:
@@ -102,4 +116,4 @@ def _notes() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

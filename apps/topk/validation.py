@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lingua_topk import topk_handle
-from lingua_topk.errors import DataError
+from lingua_topk.errors import CheckpointError, DataError
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Documents:
     n_bytes: int = 0  # in UTF-8
 
     def add(self, text: str, tokens: list[int]) -> None:
+        """One more document: its text, and its tokens with bos where there is one."""
         self.tokens.append(tokens)
         self.n_characters += len(text)
         self.n_bytes += len(text.encode("utf-8"))
@@ -167,26 +168,32 @@ def n_scored(documents: Documents) -> int:
     return sum(max(len(tokens) - 1, 0) for tokens in documents.tokens)
 
 
-def measures(documents: Documents, nll: Tensor) -> dict[str, float]:
+def measures(documents: Documents, nll: Tensor) -> dict[str, float | None]:
     """What the likelihoods say of the whole text; `nll` as `negative_log_likelihoods` gives it.
 
     nll_per_token in nats, weighted by tokens; its standard error takes documents as the
-    independent units (a ratio estimator: tokens of a document depend on each other).
+    independent units (a ratio estimator: tokens of a document depend on each other), and is
+    None for a single one. CheckpointError where the likelihoods are not finite.
     """
     n_tokens = n_scored(documents)
     mean = nll.sum().item() / n_tokens
+    if not math.isfinite(mean):
+        raise CheckpointError(
+            f"the model gives {mean} nats a token: its outputs overflow, or hold NaN; evaluate it"
+            " with dtype=fp32, or use an earlier checkpoint"
+        )
     lengths = torch.tensor([max(len(tokens) - 1, 0) for tokens in documents.tokens]).double()
     residuals = nll - mean * lengths
     n = len(documents.tokens)
     # With a single document there is nothing to estimate a spread from.
-    spread = n / (n - 1) * residuals.square().sum().item() if n > 1 else math.nan
+    spread = n / (n - 1) * residuals.square().sum().item() if n > 1 else None
     return {
         "documents": n,
         "tokens": n_tokens,
         "bytes": documents.n_bytes,
         "nll_per_token": mean,
-        "nll_per_token_stderr": math.sqrt(spread) / n_tokens,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "nll_per_token_stderr": None if spread is None else math.sqrt(spread) / n_tokens,
+        "perplexity": math.exp(mean),
         "bits_per_byte": nll.sum().item() / math.log(2) / documents.n_bytes,
         "nll_per_char": nll.sum().item() / documents.n_characters,
         "avg_seqlen": n_tokens / n,
@@ -213,8 +220,8 @@ def _padded(batch: list[Window], documents: Documents) -> tuple[Tensor, Tensor, 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """logits: [B, S, V]; targets: [B, S], -100 not scored. Nats, [B, S]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.transpose(1, 2), targets, reduction="none")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # [B S, V]
+    return F.cross_entropy(wide, targets.flatten(), reduction="none").view(targets.shape)
 
 
 def _rank_and_size() -> tuple[int, int]:

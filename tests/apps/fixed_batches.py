@@ -7,9 +7,9 @@ r * B / n and on of batch number t. Writes the losses and the final weights of e
 to OUT/<case>.<number of processes>.pt.
 """
 
+import json
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from lingua.distributed import get_global_rank, get_world_size
 from tests.apps.tiny import read_metrics, train_args
 
 GLOBAL_BATCH, SEQ_LEN, STEPS = 4, 32, 20
+COMMON = [f"steps={STEPS}", "model.topk.dead_window=256", "eval.validation.context=8"]
 CASES = {
     "topk-fp64": ["distributed.model_dtype=fp64"],
     "topk-fp32": [],
@@ -48,7 +49,7 @@ def main():
     root, out = map(Path, sys.argv[1:])
     rank, size = get_global_rank(), get_world_size()
     for case, overrides in CASES.items():
-        args = train_args(root, out / f"{case}.{size}", f"steps={STEPS}", *overrides)
+        args = train_args(root, out / f"{case}.{size}", *COMMON, *overrides)
         args.data.batch_size = GLOBAL_BATCH // size // args.grad_acc_steps
 
         @contextmanager
@@ -64,9 +65,14 @@ def main():
                 train_module.build_dataloader_from_args = original
         if rank == 0:
             metrics = read_metrics(Path(args.dump_dir))
+            validation = Path(args.dump_dir, "evals", f"{STEPS:010d}", "validation.json")
             weights = read_model(Path(args.dump_dir, "checkpoints", f"{STEPS:010d}"))
             torch.save(
-                {"metrics": metrics, "weights": weights, "model": asdict(args.model)},
+                {
+                    "metrics": metrics,
+                    "weights": weights,
+                    "validation": json.loads(validation.read_text(encoding="utf-8"))["text"],
+                },
                 out / f"{case}.{size}.pt",
             )
     dist.destroy_process_group()

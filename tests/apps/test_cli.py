@@ -166,7 +166,9 @@ MISTAKES = [
     ("distributed.model_dtype=int8", "distributed.model_dtype='int8' is not known"),
     ("distributed.tp_size=2", "distributed.tp_size=2 is not offered"),
     ("checkpoint.dump.every=0", "checkpoint.dump.every=0 is too small"),
-    ("checkpoint.init_ckpt_path=/nowhere", "checkpoint.init_ckpt_path=/nowhere is not a"),
+    ("checkpoint.dump.keep=-1", "checkpoint.dump.keep=-1 is too small: give at least 0"),
+    ("model.topk.layers=[a]", "model.topk.layers[0] (in the command line): Value 'a'"),
+    ("data.sources.a.b=1", "data.sources: weight {'b': 1} of a is not allowed"),
     ("eval.validation.windo=3", "eval.validation.windo (in the config) is no known key"),
     ("eval.validation.window=99", "validation.window=99 is not allowed"),
     ("eval.validation.sources=[nope]", "nope is neither a file nor a folder"),
@@ -230,6 +232,41 @@ def test_another_model_is_not_trained_on_in_the_folder_of_a_run(
     assert contents(root / "run") == before
 
 
+@pytest.mark.parametrize(
+    ("path", "overrides", "message"),
+    [
+        ("/nowhere", [], "checkpoint.init_ckpt_path: /nowhere is not a distributed checkpoint"),
+        ("{run}", ["model.dim=64"], "is of another model: layers.0.attention.wk.weight is"),
+    ],
+)
+def test_initial_weights_that_do_not_fit_are_refused_before_anything_is_written(
+    prepared, tmp_path, monkeypatch, capsys, path, overrides, message
+):
+    root, config = prepared
+    path = path.format(run=root / "run" / "checkpoints" / "0000000002")
+    argv = [f"config={config}", f"data.root_dir={root}", f"dump_dir={tmp_path}/new", *overrides]
+    monkeypatch.setattr(sys, "argv", ["train", *argv, f"checkpoint.init_ckpt_path={path}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.main)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plain_run_does_not_begin_from_a_topk_model_unawares(prepared, tmp_path):
+    from apps.main.train import TrainArgs
+    from apps.main.train import train as train_plain
+
+    root, _ = prepared
+    args = TrainArgs(dump_dir=str(tmp_path / "new"), steps=1)
+    args.data.root_dir, args.data.sources, args.data.seq_len = str(root), {"text": 1.0}, 32
+    args.model.dim, args.model.n_layers, args.model.n_heads, args.model.multiple_of = 32, 3, 2, 16
+    args.checkpoint.init_ckpt_path = str(root / "run" / "checkpoints" / "0000000002")
+    with pytest.raises(Exception, match="is of a TopK model"):
+        train_plain(args)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named(prepared, monkeypatch, capsys):
     root, config = prepared
     argv = [f"config={config}", f"data.root_dir={root}", f"dump_dir={config}/run"]
@@ -237,4 +274,5 @@ def test_a_folder_that_cannot_be_written_is_named(prepared, monkeypatch, capsys)
     with pytest.raises(SystemExit) as ended:
         cli.run(train.main)
     assert ended.value.code == 2
-    assert f"dump_dir={config}/run cannot be written" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"dump_dir={config}/run or " in message and "cannot be written" in message

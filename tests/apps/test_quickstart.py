@@ -87,5 +87,5 @@ def test_the_table_of_runs_without_an_evaluation_says_what_to_do(first, tmp_path
     folder, _ = first
     (folder / "dumps/vanilla/evals").rename(folder / "dumps/vanilla/moved")
     runs = {name: folder / "dumps" / name for name in ("topk", "vanilla")}
-    with pytest.raises(Exception, match="and the quickstart trains anew"):
+    with pytest.raises(Exception, match="and it is written anew"):
         comparison(runs)

@@ -61,6 +61,30 @@ def signal_at(monkeypatch, step, number):
     monkeypatch.setattr(train_module, "_optimizer_step", optimizer_step)
 
 
+def test_the_first_loss_is_that_of_predicting_the_next_token(corpus, tmp_path, monkeypatch):
+    """By hand, from the weights at the start and the first batch; alpha is 1 there."""
+    seen = {}
+    forward_backward = train_module._forward_backward
+
+    def first(run, batch):
+        if not seen:
+            weights = {n: p.full_tensor().clone() for n, p in run.model.named_parameters()}
+            seen.update(weights=weights, batch=torch.as_tensor(batch))
+        return forward_backward(run, batch)
+
+    monkeypatch.setattr(train_module, "_forward_backward", first)
+    args = train_args(corpus, tmp_path / "run", "steps=1")
+    train(args)
+    model = TopKTransformer(args.model)
+    model.load_state_dict(seen["weights"])
+    topk_handle(model).alpha = 1.0
+    inputs, targets = seen["batch"][..., 0], seen["batch"][..., 1]
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    log_probs = model(inputs).double().log_softmax(-1)
+    expected = -log_probs.gather(-1, targets.unsqueeze(-1)).mean().item()
+    assert read_metrics(tmp_path / "run")[0]["loss/out"] == pytest.approx(expected, abs=1e-5)
+
+
 def mean_loss(metrics):
     return sum(line["loss/out"] for line in metrics) / len(metrics)
 
@@ -170,6 +194,45 @@ def test_a_finished_run_says_so_and_stays_as_it_is(corpus, whole_run, capsys):
     train(train_args(corpus, folder))
     assert "has done its 30 steps already" in capsys.readouterr().out
     assert read_metrics(folder) == metrics
+
+
+def test_a_finished_run_keeps_its_config(corpus, whole_run):
+    _, folder = whole_run
+    before = (folder / "config.yaml").read_bytes()
+    train(train_args(corpus, folder, "steps=10", "optim.lr=5"))
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_a_missing_last_evaluation_is_made_up_for(corpus, tmp_path):
+    evaluate = ["eval.validation.context=8", "steps=4"]
+    train(train_args(corpus, tmp_path / "run", *evaluate))
+    path = tmp_path / "run" / "evals" / "0000000004" / "validation.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["text"]
+    path.unlink()
+    train(train_args(corpus, tmp_path / "run", *evaluate))
+    assert json.loads(path.read_text(encoding="utf-8"))["text"] == before
+
+
+def test_a_signal_during_the_start_is_not_lost(corpus, tmp_path, monkeypatch):
+    start_run = train_module.start_run
+
+    def signalled(args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start_run(args)
+
+    monkeypatch.setattr(train_module, "start_run", signalled)
+    with pytest.raises(SystemExit) as ended:
+        train(train_args(corpus, tmp_path / "run"))
+    assert ended.value.code == 0
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_only_what_is_reported_may_change_in_the_model_of_a_run(corpus, tmp_path):
+    train(train_args(corpus, tmp_path / "run", "steps=2"))
+    train(train_args(corpus, tmp_path / "run", "steps=3", "model.topk.dead_window=5"))
+    assert len(read_metrics(tmp_path / "run")) == 3
+    with pytest.raises(Exception, match=r"model\.topk\.k=5, but the run .* has 4"):
+        train(train_args(corpus, tmp_path / "run", "steps=4", "model.topk.k=5"))
 
 
 def test_the_checkpoints_of_twin_and_topk_have_the_same_keys(corpus, whole_run, tmp_path):

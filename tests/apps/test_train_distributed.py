@@ -71,8 +71,24 @@ def test_counts_are_of_all_processes(runs, case):
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
         for key in ("topk/l0/0", "topk/l0/1"):
             assert a[key] == pytest.approx(b[key], abs=1e-6 if case == "topk-fp64" else 0.05)
+            dead = key.replace("l0", "dead")
+            if case == "topk-fp64":
+                assert a[dead] == b[dead]
         assert a["topk/alpha"] == b["topk/alpha"]
         assert a["optim/total_tokens"] == b["optim/total_tokens"]
+
+
+def test_some_neuron_was_dead_and_some_other_came_back(runs):
+    """Otherwise the comparison of counts above would show little."""
+    dead = [line["topk/dead/0"] for line in load(runs, "topk-fp64", 2)[0]["metrics"]]
+    assert max(dead) > 0
+
+
+def test_two_processes_evaluate_as_one(runs):
+    one, two = (load(runs, "topk-fp64", size)[0]["validation"] for size in (1, 2))
+    assert one["tokens"] == two["tokens"]
+    assert one["nll_per_token"] == pytest.approx(two["nll_per_token"], abs=1e-7)
+    assert one["l0"] == pytest.approx(two["l0"], abs=1e-7)
 
 
 def test_two_processes_train_with_the_loader_and_resume(corpus, tmp_path):

@@ -36,7 +36,8 @@ def init_choice_state(
             " for example {my_corpus: 1.0}"
         )
     for source, weight in sources.items():
-        if not (math.isfinite(weight) and weight > 0):
+        # OmegaConf lets a mapping stand for a number: a name with a dot gives one.
+        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
             raise ConfigError(
                 f"data.sources: weight {weight} of {source} is not allowed: give a number above 0,"
                 " or leave the source out"

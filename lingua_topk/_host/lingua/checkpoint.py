@@ -183,7 +183,7 @@ def load_from_checkpoint(
     """
     ckpt_dir = Path(ckpt_dir)
     model_state = get_model_state_dict(model)
-    _check_fits(model_state, ckpt_dir, model_key)
+    check_fits(model_state, ckpt_dir, model_key)
     state = {model_key: model_state} if model_key else dict(model_state)
     if optimizer is None:
         _dcp_load(state, ckpt_dir)
@@ -221,7 +221,7 @@ def _tensor_entries(ckpt_dir: Path, model_key: str) -> dict[str, TensorStorageMe
     }
 
 
-def _check_fits(model_state: dict, ckpt_dir: Path, model_key: str) -> None:
+def check_fits(model_state: dict, ckpt_dir: Path, model_key: str) -> None:
     """CheckpointError where names or shapes differ: loading alone takes what it finds."""
     saved = {name: list(x.size) for name, x in _tensor_entries(ckpt_dir, model_key).items()}
     own = {name: list(x.shape) for name, x in model_state.items()}
@@ -265,7 +265,7 @@ class CheckpointManager:
     def instantiate_and_make_dir(cls, args: CheckpointArgs) -> "CheckpointManager":
         """Make the folder, and remove from it what an interrupted run left half-done."""
         if get_is_master():
-            os.makedirs(args.path, exist_ok=True)
+            Path(args.path).mkdir(parents=True, exist_ok=True)
             for partial in Path(args.path).glob(f"{PARTIAL_PREFIX}*"):
                 shutil.rmtree(partial, ignore_errors=True)
         _barrier()
@@ -362,17 +362,7 @@ class CheckpointManager:
         folder = _from_master(Path(path) if path else self.get_last_step_path())
         if folder is None:
             return False
-        saved = _n_train_states(folder)
-        # Each has its own place in the data.
-        if saved != size:
-            raise CheckpointError(
-                f"{folder} was saved by {saved} data-parallel processes, this run has {size}: start"
-                f" it with {saved}, or begin a new run from its weights with"
-                f" checkpoint.init_ckpt_path={folder}"
-                if saved
-                else f"{folder} holds no {TRAIN_STATE_NAME.format(rank)}, so nothing can be resumed"
-                " from it: give a folder such as dump_dir/checkpoints/0000001000"
-            )
+        check_train_states(folder, size)
         logger.info("resuming from %s", folder)
         state = _read_json(folder / TRAIN_STATE_NAME.format(rank))
         load_from_checkpoint(folder, model, optimizer)
@@ -393,6 +383,22 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(_partial(folder))
     except OSError as error:
         logger.warning("%s could not be removed: %s", folder, error)
+
+
+def check_train_states(folder: Path, size: int) -> None:
+    """CheckpointError unless `size` processes saved it: each has its own place in the data."""
+    saved = _n_train_states(folder)
+    if saved == 0:
+        raise CheckpointError(
+            f"{folder} holds no {TRAIN_STATE_NAME.format(0)}, so nothing can be resumed from it:"
+            " give a folder such as dump_dir/checkpoints/0000001000"
+        )
+    if saved != size:
+        raise CheckpointError(
+            f"{folder} was saved by {saved} data-parallel processes, this run has {size}: start it"
+            f" with {saved}, or begin a new run from its weights with"
+            f" checkpoint.init_ckpt_path={folder}"
+        )
 
 
 def _n_train_states(folder: Path) -> int:

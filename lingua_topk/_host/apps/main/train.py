@@ -8,13 +8,12 @@ Lingua's loop does: an extension replaces those names instead of copying the loo
 """
 
 import gc
-import json
 import logging
 import signal
 import sys
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from timeit import default_timer as timer
 from typing import Any, Optional
@@ -26,6 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from apps.main._checks import newest_checkpoint, validate_checkpoints, validate_train_args
+from apps.main.eval import EVAL_FOLDER_NAME
 from apps.main.transformer import (
     LMTransformer,
     LMTransformerArgs,
@@ -36,7 +37,6 @@ from apps.main.transformer import (
 )
 from lingua.args import dataclass_from_dict, dump_config
 from lingua.checkpoint import (
-    METADATA_NAME,
     CheckpointArgs,
     CheckpointManager,
     data_parallel_rank,
@@ -62,18 +62,16 @@ from lingua.distributed import (
     requeue_slurm_job,
     setup_env,
     setup_torch_distributed,
-    validate_distributed_args,
 )
-from lingua.errors import CheckpointError, ConfigError, UserError
+from lingua.errors import ConfigError, UserError
 from lingua.logger import init_logger
 from lingua.metrics import (
     GPUMemoryMonitor,
     LoggingArgs,
     MetricLogger,
     get_num_params,
-    import_wandb,
 )
-from lingua.optim import OptimArgs, build_lr_fn, build_optimizer
+from lingua.optim import OptimArgs, build_optimizer
 from lingua.profiling import ProfilerArgs, maybe_run_profiler
 from lingua.tokenizer import build_tokenizer
 
@@ -131,97 +129,6 @@ class TrainState:
         groups = self.scheduler.optimizer.param_groups
         for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-
-
-def validate_train_args(args: TrainArgs, output_size: int) -> None:
-    """Fill in what follows from other fields; ConfigError for what cannot run.
-
-    output_size: the tokenizer's number of tokens.
-    """
-    if not args.dump_dir:
-        raise ConfigError("dump_dir is not set: give a folder for what the run writes")
-    for name, value, least in (
-        ("steps", args.steps, 1),
-        ("grad_acc_steps", args.grad_acc_steps, 1),
-        ("gc_collect_freq", args.gc_collect_freq, 1),
-        ("logging.freq", args.logging.freq, 1),
-        ("checkpoint.dump.every", args.checkpoint.dump.every, 1),
-        ("checkpoint.eval.every", args.checkpoint.eval.every, 1),
-        ("data.batch_size", args.data.batch_size, 1),
-        ("data.seq_len", args.data.seq_len, 1),
-        ("data.n_views", args.data.n_views, 2),  # the input and its target
-        ("model.dim", args.model.dim, 1),
-        ("model.n_layers", args.model.n_layers, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name}={value} is too small: give at least {least}")
-    validate_distributed_args(args.distributed, get_world_size())
-    build_lr_fn(args.optim, args.steps)  # refuses what the optimizer cannot take
-    _validate_vocabulary(args, output_size)
-    # Reads the folders of the sources; the state itself is made anew when the run starts.
-    init_dataloader_state_from_args(args.data, rank=0, world_size=1)
-    if args.checkpoint.path is None:
-        args.checkpoint.path = str(Path(args.dump_dir) / "checkpoints")
-    args.model.max_seqlen = args.data.seq_len
-    _validate_initial_weights(args.checkpoint.init_ckpt_path)
-    if args.probe_freq is not None:
-        raise ConfigError(
-            f"probe_freq={args.probe_freq} is not offered by the embedded host: set it to null, or"
-            " run inside Meta Lingua (LINGUA_HOME)"
-        )
-    if args.async_eval_gpus is not None:
-        raise ConfigError(
-            f"async_eval_gpus={args.async_eval_gpus} is not offered by the embedded host yet: set"
-            " it to null, and evaluation runs between two training steps"
-        )
-    if args.logging.wandb is not None:
-        import_wandb()
-        args.logging.wandb.name = args.logging.wandb.name or args.name
-    with torch.device("meta"):
-        LMTransformer(args.model)  # refuses what it cannot be built from
-    _validate_model_of_last_checkpoint(args)
-
-
-def _validate_vocabulary(args: TrainArgs, output_size: int) -> None:
-    if args.model.vocab_size < 0:
-        args.model.vocab_size = output_size
-    if args.model.vocab_size < output_size:
-        raise ConfigError(
-            f"model.vocab_size={args.model.vocab_size} is smaller than the tokenizer's"
-            f" {output_size} tokens: leave it out, or give at least that many"
-        )
-
-
-def _validate_initial_weights(path: str | None) -> None:
-    if path and not (Path(path) / METADATA_NAME).is_file():
-        raise CheckpointError(
-            f"checkpoint.init_ckpt_path={path} is not a distributed checkpoint ({METADATA_NAME} not"
-            " found): give a folder such as dump_dir/checkpoints/0000001000"
-        )
-
-
-def _validate_model_of_last_checkpoint(args: TrainArgs) -> None:
-    """A run that would resume must have the model of its checkpoints."""
-    if not Path(args.checkpoint.path).is_dir():
-        return
-    newest = CheckpointManager(args.checkpoint).get_last_step_path()
-    if newest is None:
-        return
-    try:
-        saved = json.loads((newest / "params.json").read_text(encoding="utf-8"))["model"]
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{newest}/params.json cannot be read ({error!r}): remove the folder to go on from an"
-            " earlier checkpoint"
-        ) from None
-    wanted = asdict(args.model)
-    for key in {**saved, **wanted}:
-        if saved.get(key) != wanted.get(key):
-            raise ConfigError(
-                f"model.{key}={wanted.get(key)}, but the run in dump_dir={args.dump_dir} has"
-                f" {saved.get(key)} (in {newest}): give that value to resume it, or another"
-                " dump_dir to start a new run"
-            )
 
 
 preemption_flag = {"flag": False, "requeue": False}
@@ -348,13 +255,20 @@ def train(args: TrainArgs) -> None:
     tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
     # Whatever can be refused is refused here: nothing has been written yet.
     validate_train_args(args, tokenizer.n_words)
+    with torch.device("meta"):
+        model = LMTransformer(args.model)
+    validate_checkpoints(args, model)
     dump_dir = Path(args.dump_dir)
+    newest = newest_checkpoint(args.checkpoint)
+    if newest is not None and int(newest.name) >= args.steps:
+        init_logger(dump_dir / "train.log")
+        logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
+        _evaluate_if_missing(args, newest)
+        return
     if get_is_master():
         _write_config(args, dump_dir)
     init_logger(dump_dir / "train.log")
-    if _last_step(args) >= args.steps:
-        logger.info("this run has done its %d steps already; nothing to do", args.steps)
-        return
+    preemption_flag.update(flag=False, requeue=False)
     init_signal_handler(set_preemption_flag)
     signal.signal(signal.SIGTERM, set_preemption_flag)
 
@@ -375,20 +289,14 @@ def train(args: TrainArgs) -> None:
 
 def _write_config(args: TrainArgs, dump_dir: Path) -> None:
     try:
-        dump_dir.mkdir(parents=True, exist_ok=True)
+        for folder in (dump_dir, Path(args.checkpoint.path)):
+            folder.mkdir(parents=True, exist_ok=True)
         dump_config(args, dump_dir / "config.yaml", log_config=False)
     except OSError as error:
         raise ConfigError(
-            f"dump_dir={dump_dir} cannot be written ({error.strerror}): give another folder"
+            f"dump_dir={dump_dir} or checkpoint.path={args.checkpoint.path} cannot be written"
+            f" ({error.strerror}): give another folder"
         ) from None
-
-
-def _last_step(args: TrainArgs) -> int:
-    """The step of the newest checkpoint, 0 where there is none."""
-    if not Path(args.checkpoint.path).is_dir():
-        return 0
-    newest = CheckpointManager(args.checkpoint).get_last_step_path()
-    return 0 if newest is None else int(newest.name)
 
 
 def _progress_bar(args: TrainArgs, done: int) -> tqdm:
@@ -416,7 +324,6 @@ class _Speed:
 def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tqdm) -> None:
     args, state = run.args, run.state
     run.model.train()
-    preemption_flag.update(flag=False, requeue=False)
     speed = _Speed()
     losses: list[Tensor] = []
     saved = False
@@ -459,7 +366,7 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
         saved = _is_save_step(args, state) and _save(run)
         if args.eval is not None and _is_eval_step(args, state):
             saved = saved or _save(run)
-            evaluate(run)
+            evaluate(args, run.checkpoint.existing_saves[-1])
             run.model.train()
         if _any_rank(preemption_flag["flag"]):
             saved or _save(run)
@@ -567,17 +474,29 @@ def _log_line(metrics: dict[str, Any], loss: float) -> str:
     return "  ".join(fields)
 
 
-def evaluate(run: Run) -> None:
-    """Evaluate the newest checkpoint as the `eval` section says, on all ranks."""
-    from apps.main.eval import EVAL_FOLDER_NAME, EvalArgs, launch_eval
+def evaluate(args: TrainArgs, checkpoint: Path) -> None:
+    """Evaluate a checkpoint of the run as the `eval` section says, on all ranks."""
+    from apps.main.eval import EvalArgs, launch_eval
 
-    eval_args = dataclass_from_dict(EvalArgs, deepcopy(run.args.eval))
-    eval_args.global_step = run.state.step
-    eval_args.ckpt_dir = str(run.checkpoint.existing_saves[-1])
-    folder = EVAL_FOLDER_NAME.format(run.state.step)
-    eval_args.dump_dir = str(Path(run.args.dump_dir) / "evals" / folder)
-    eval_args.metric_log_dir = run.args.dump_dir
+    eval_args = dataclass_from_dict(EvalArgs, deepcopy(args.eval))
+    eval_args.global_step = int(checkpoint.name)
+    eval_args.ckpt_dir = str(checkpoint)
+    eval_args.dump_dir = str(_eval_folder(args, checkpoint))
+    eval_args.metric_log_dir = args.dump_dir
     launch_eval(eval_args)
+
+
+def _eval_folder(args: TrainArgs, checkpoint: Path) -> Path:
+    return Path(args.dump_dir) / "evals" / EVAL_FOLDER_NAME.format(int(checkpoint.name))
+
+
+def _evaluate_if_missing(args: TrainArgs, checkpoint: Path) -> None:
+    """The last evaluation of a finished run, where something ended the run within it."""
+    if args.eval is None or (_eval_folder(args, checkpoint) / "validation.json").is_file():
+        return
+    logger.info("the evaluation of its last checkpoint is missing: doing it now")
+    setup_torch_distributed(args.distributed)
+    evaluate(args, checkpoint)
 
 
 def main() -> None:
