@@ -145,7 +145,7 @@ link_into() {
 }
 
 main() {
-  local command="${1:-}"
+  local command="${1:-}" checkout
   case "$command" in
     "")
       ensure dev
@@ -163,7 +163,6 @@ main() {
     lingua)
       [[ $# -eq 2 && -d "${2:-}" ]] ||
         die "give the folder of a checkout of facebookresearch/lingua: ./setup.sh lingua DIR"
-      local checkout
       checkout="$(cd -- "$2" && pwd -P)"
       link_into "$checkout"
       ensure lingua

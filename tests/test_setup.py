@@ -212,6 +212,42 @@ def test_a_command_runs_from_the_root_with_its_arguments_and_status(copy, comman
     assert words[-2:] == ["steps=2", "a b"]
 
 
+def checkout(folder):
+    """What is recognised as a checkout of Meta Lingua."""
+    for mark in ("lingua/transformer.py", "apps/main/train.py"):
+        (folder / mark).parent.mkdir(parents=True)
+        (folder / mark).touch()
+    return folder
+
+
+def test_lingua_links_our_folder_into_a_checkout_and_installs_what_it_imports(copy):
+    lingua = checkout(copy.elsewhere / "a checkout")
+    for _ in range(2):  # the second time all is there
+        result = copy.run("lingua", "a checkout", cwd=copy.elsewhere)
+        assert result.returncode == 0, result.stderr
+        assert f"LINGUA_HOME={lingua}" in result.stdout
+        assert (lingua / "apps" / "topk").readlink() == copy.root / "apps" / "topk"
+    assert [words[-1] for words in copy.installed()] == ["setuptools", "torch", ".[lingua]"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["a", "b"]])
+def test_lingua_without_one_folder_is_refused(copy, arguments):
+    assert_refused(copy.run("lingua", *arguments, cwd=copy.elsewhere), "./setup.sh lingua DIR")
+
+
+def test_what_is_no_checkout_is_refused_before_anything_is_installed(copy):
+    assert_refused(copy.run("lingua", str(copy.elsewhere)), "it has no lingua/transformer.py")
+    assert not copy.calls()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_what_is_in_the_place_of_the_link_stays(copy, kind):
+    place = checkout(copy.elsewhere / "checkout") / "apps" / "topk"
+    place.mkdir() if kind == "folder" else place.symlink_to("/nowhere")
+    assert_refused(copy.run("lingua", str(copy.elsewhere / "checkout")), "is there already")
+    assert not copy.calls()
+
+
 def test_ci_runs_the_test_command_and_passes_its_status_on(tmp_path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")

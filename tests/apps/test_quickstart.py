@@ -68,11 +68,28 @@ def test_a_second_run_uses_what_is_there(first):
     assert again.stdout.splitlines()[-7:] == done.stdout.splitlines()[-7:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("steps=4", "steps=4, but it is 3 in the run that is in"),
+        ("model.topk.k=8", "model.topk.k=8, but it is 32 in the run that is in"),
+        ("optim.lr=0.5", "optim.lr=0.5, but it is 0.002 in the run that is in"),
+    ],
+)
+def test_other_keys_than_those_of_the_runs_that_are_there_are_refused(first, argument, message):
+    folder, _ = first
+    done = quickstart(folder, argument)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("stepz=3", "stepz (in the command line) is no known key"),
         ("model.topk=null", "model.topk and eval cannot be null here"),
+        ("model.topk.k=0", "model.topk.k=0 is too small"),
         ("eval=null", "model.topk and eval cannot be null here"),
     ],
 )

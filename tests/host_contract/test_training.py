@@ -25,9 +25,13 @@ LAUNCHER = "tests/host_contract/lingua_on_cpu.py"
 
 
 def command(host, corpus, dump_dir, *overrides, processes=1, program="apps.topk.train"):
-    """The words of a command line, and the environment that it runs in."""
+    """The words of a command line, and the environment that it runs in.
+
+    With torchrun, which finds a free port, where Lingua alone always takes the same; without
+    for `processes=0`, to see the exit status and to send signals.
+    """
     words = [sys.executable]
-    if processes > 1:
+    if processes:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     if host == "lingua":
         words.append(LAUNCHER)
@@ -132,7 +136,9 @@ def test_a_run_goes_on_in_the_other_host(corpus, tmp_path, first, second, topk):
 
 def test_a_signal_saves_and_a_restart_goes_on(corpus, tmp_path, lingua_run):
     """SIGUSR2 outside SLURM makes Lingua end with an error after it has saved."""
-    words, environment = command("lingua", corpus, tmp_path / "run", "checkpoint.dump.every=1000")
+    words, environment = command(
+        "lingua", corpus, tmp_path / "run", "checkpoint.dump.every=1000", processes=0
+    )
     started = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -183,7 +189,7 @@ def test_a_finished_run_says_so(corpus, lingua_run):
     ],
 )
 def test_a_mistake_is_one_line(corpus, tmp_path, overrides, message):
-    done = run("lingua", corpus, tmp_path / "run", *overrides)
+    done = run("lingua", corpus, tmp_path / "run", *overrides, processes=0)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(lines) == 1
     assert message in lines[0]
@@ -198,8 +204,8 @@ def test_it_runs_from_the_checkout_with_our_folder_linked_in(corpus, tmp_path):
     for host, described in (("auto", f"Meta Lingua at {checkout}"), ("embedded", "embedded host")):
         words, environment = command(host, corpus, tmp_path / host, "steps=2")
         if host == "auto":
-            words.insert(1, str(ROOT / LAUNCHER))
-            environment["LINGUA_HOME"] = str(checkout)
+            words.insert(words.index("--nproc-per-node=1") + 1, str(ROOT / LAUNCHER))
+            environment["LINGUA_HOME"] = str(checkout)  # for the launcher, which looks there
         else:
             del environment["LINGUA_HOME"]
         done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)

@@ -54,11 +54,11 @@ def dataclass_from_dict(cls: type[T], data: dict[str, Any], strict: bool = True)
     return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.create(data)))
 
 
-def dataclass_to_dict(obj: Any) -> dict[str, Any]:
+def dataclass_to_dict(dataclass_instance: Any) -> dict[str, Any]:
     """A dataclass object as plain dicts and lists, interpolations resolved; a dict as it is."""
-    if isinstance(obj, dict):
-        return obj
-    return OmegaConf.to_container(OmegaConf.structured(obj), resolve=True)
+    if isinstance(dataclass_instance, dict):
+        return dataclass_instance
+    return OmegaConf.to_container(OmegaConf.structured(dataclass_instance), resolve=True)
 
 
 def load_config_file(config_file: str | Path, dataclass_cls: type[T]) -> T:

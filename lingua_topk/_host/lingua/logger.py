@@ -52,9 +52,9 @@ class _Below(logging.Filter):
         return record.levelno < self.level
 
 
-def set_root_log_level(level: str) -> None:
+def set_root_log_level(log_level: str) -> None:
     """Set the level by its name; "NOTSET" lets every record through."""
-    logging.getLogger().setLevel(level.upper())
+    logging.getLogger().setLevel(log_level.upper())
 
 
 def init_logger(
