@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _prepare(Path(args.data.root_dir or ""))
     for name, extra in RUNS.items():
         _train(name, [*overrides, *extra, f"name={name}", f"dump_dir={dump_dir / name}"])
+        if open_checkpoint(newest_checkpoint(dump_dir / name)).step < args.steps:
+            print(f"{name} was ended before its last step: run the quickstart again to go on")
+            raise SystemExit(130)
     print(
         NEXT.format(
             root=Path.cwd(), python=_shown(sys.executable), config=CONFIG, dump_dir=dump_dir
@@ -141,6 +144,9 @@ def _train(name: str, overrides: list[str]) -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     try:
         status = child.wait()
+    except KeyboardInterrupt:  # it has had the same Ctrl-C
+        child.wait()
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if status != 0:

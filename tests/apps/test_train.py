@@ -26,7 +26,7 @@ def undisturbed():
     """Training takes over log handlers, signal handlers and the number generator."""
     root = logging.getLogger()
     handlers, level, generator = list(root.handlers), root.level, torch.get_rng_state()
-    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -161,7 +161,7 @@ def test_counts_equal_those_of_a_naive_observer(corpus, tmp_path, monkeypatch):
     assert died, "no neuron ever died: the test shows nothing"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_stopped_run_goes_on_where_it_was(corpus, whole_run, tmp_path, monkeypatch, number):
     expected, _ = whole_run
     args = [corpus, tmp_path / "run"]

@@ -138,8 +138,11 @@ def set_preemption_flag(signum, frame) -> None:
     """Ask the loop to save and end after the step it is in.
 
     SIGUSR2 is SLURM's warning before a time limit, after which the job is to go on;
-    SIGTERM is meant to end it, by scancel for example.
+    SIGTERM is meant to end it, by scancel for example, and so is Ctrl-C, of which a second
+    one does not wait for the step.
     """
+    if signum == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logger.warning("signal %s: saving and ending after this step", signal.Signals(signum).name)
     preemption_flag["flag"] = True
     preemption_flag["requeue"] = signum == signal.SIGUSR2
@@ -270,7 +273,8 @@ def train(args: TrainArgs) -> None:
     init_logger(dump_dir / "train.log")
     preemption_flag.update(flag=False, requeue=False)
     init_signal_handler(set_preemption_flag)
-    signal.signal(signal.SIGTERM, set_preemption_flag)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, set_preemption_flag)
 
     run = start_run(args)
     with ExitStack() as stack:
