@@ -11,7 +11,8 @@ import gc
 import logging
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,22 @@ def set_preemption_flag(signum, frame) -> None:
     preemption_flag["requeue"] = signum == signal.SIGUSR2
 
 
+@contextmanager
+def _preemption_by_signal() -> Iterator[None]:
+    """Within it a signal ends the run after a step; then the handlers before have it back."""
+    numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    preemption_flag.update(flag=False, requeue=False)
+    init_signal_handler(set_preemption_flag)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, set_preemption_flag)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def every_n_steps(
     train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
 ) -> bool:
@@ -271,13 +288,9 @@ def train(args: TrainArgs) -> None:
     if get_is_master():
         _write_config(args, dump_dir)
     init_logger(dump_dir / "train.log")
-    preemption_flag.update(flag=False, requeue=False)
-    init_signal_handler(set_preemption_flag)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, set_preemption_flag)
-
-    run = start_run(args)
     with ExitStack() as stack:
+        stack.enter_context(_preemption_by_signal())
+        run = start_run(args)
         metric_logger = stack.enter_context(MetricLogger(dump_dir / "metrics.jsonl", args))
         batches = stack.enter_context(
             build_dataloader_from_args(args.data, state=run.state.data_loader_state)
