@@ -77,17 +77,22 @@ def read_config(
         raise ConfigError(
             f"{program} needs config=FILE: see python -m {program} --help for what it takes"
         )
+    command_line = dot_list(argv)
+    file = command_line.pop("config", None)
+    if file is None:
+        raise ConfigError(f"config=FILE is missing: see python -m {program} --help")
+    return merge(args_class, (read_yaml(file), str(file)), (command_line, "the command line"))
+
+
+def dot_list(argv: Sequence[str]) -> DictConfig:
+    """The config that arguments of the form key=value are. ConfigError for any other form."""
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
             raise ConfigError(
                 f"argument {argument!r} is not of the form key=value: write for example"
                 " config=configs/quickstart.yaml steps=100"
             )
-    command_line = _parsed(lambda: OmegaConf.from_dotlist(list(argv)), "the command line")
-    file = command_line.pop("config", None)
-    if file is None:
-        raise ConfigError(f"config=FILE is missing: see python -m {program} --help")
-    return merge(args_class, (read_yaml(file), str(file)), (command_line, "the command line"))
+    return _parsed(lambda: OmegaConf.from_dotlist(list(argv)), "the command line")
 
 
 def merge(args_class: type, *layers: tuple[DictConfig, str]) -> Any:
