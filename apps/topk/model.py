@@ -21,6 +21,9 @@ class TopKTrainArgs(TrainArgs):
     """The host's training config, its model with TopK."""
 
     model: TopKTransformerArgs = field(default_factory=TopKTransformerArgs)
+    # Steps that are saved besides those of `checkpoint`, and never deleted: a trace of how
+    # neurons come about needs the early ones.
+    save_at: list[int] = field(default_factory=list)
 
 
 class TopKTransformer(LMTransformer):

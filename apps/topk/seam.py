@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from apps.topk.annealing import AnnealingScheduler, ResumableScheduler
-from apps.topk.model import TopKTransformer
+from apps.topk.model import TopKTrainArgs, TopKTransformer
 from lingua_topk import topk_handle
 from lingua_topk.errors import HostError
 
@@ -21,14 +21,20 @@ logger = logging.getLogger(__name__)
 class Seam:
     """The replacements for one run; they share the scheduler that drives alpha.
 
-    `started` is called in every process once the run is certain: the config is checked, the
-    log is open, the weights are in place.
+    `args` is the run's config. `started` is called in every process once the run is certain:
+    the config is checked, the log is open, the weights are in place.
     """
 
     def __init__(
-        self, train_module: ModuleType, eval_module: ModuleType, started: Callable[[], None]
+        self,
+        train_module: ModuleType,
+        eval_module: ModuleType,
+        args: TopKTrainArgs,
+        started: Callable[[], None],
     ):
+        self._args = args
         self._started = started
+        self._every_n_steps = _lookup(train_module, "every_n_steps")
         self._build_optimizer = _lookup(train_module, "build_optimizer")
         self._dist_mean_dict = _lookup(train_module, "dist_mean_dict")
         self.annealing: AnnealingScheduler | None = None
@@ -39,6 +45,7 @@ class Seam:
             (train_module, "LMTransformer", TopKTransformer),
             (train_module, "build_optimizer", self.build_optimizer),
             (train_module, "dist_mean_dict", self.dist_mean_dict),
+            (train_module, "every_n_steps", self.every_n_steps),
             (eval_module, "EvalArgs", EvalArgs),
             (eval_module, "launch_eval", launch_eval),
         ]
@@ -57,6 +64,14 @@ class Seam:
             return optimizer, ResumableScheduler(scheduler)
         self.annealing = AnnealingScheduler(scheduler, handle, n_steps)
         return optimizer, self.annealing
+
+    def every_n_steps(self, train_state, freq, acc_step=None, acc_freq=None) -> bool:
+        """The host's answer, and yes for the steps of `save_at` where it asks what to save."""
+        if self._every_n_steps(train_state, freq, acc_step=acc_step, acc_freq=acc_freq):
+            return True
+        asks_for_save = freq == self._args.checkpoint.dump.every and acc_step == 0
+        is_wanted = train_state.step in self._args.save_at and train_state.acc_step == 0
+        return asks_for_save and is_wanted
 
     def dist_mean_dict(self, x: dict) -> dict:
         """The host's mean over processes, `topk/*` added.
@@ -80,12 +95,14 @@ def _lookup(module: ModuleType, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def install(started: Callable[[], None] = lambda: None) -> Iterator[ModuleType]:
-    """Within it the host's loop trains TopK models. Yields the host's apps.main.train."""
+def install(
+    args: TopKTrainArgs, started: Callable[[], None] = lambda: None
+) -> Iterator[ModuleType]:
+    """Within it the host's loop trains the TopK model of `args`. Yields the host's module."""
     import apps.main.eval as eval_module
     import apps.main.train as train_module
 
-    seam = Seam(train_module, eval_module, started)
+    seam = Seam(train_module, eval_module, args, started)
     originals = [(module, name, getattr(module, name)) for module, name, _ in seam.replacements]
     try:
         for module, name, replacement in seam.replacements:

@@ -46,7 +46,7 @@ def train(args: TopKTrainArgs) -> None:
         if get_is_master():
             print(f"this run has done its {args.steps} steps already; nothing to do")
         return
-    with install(lambda: _write_provenance(args)) as train_module:
+    with install(args, lambda: _write_provenance(args)) as train_module:
         try:
             train_module.train(args)
         finally:
@@ -77,6 +77,8 @@ def _earlier_starts(path: Path) -> list[Any]:
 def validate(args: TopKTrainArgs) -> None:
     """ConfigError for what the host does not check before it writes."""
     lingua_host.validate(args)
+    if any(step < 1 for step in args.save_at):
+        raise ConfigError(f"save_at={args.save_at} is not allowed: give steps, counted from 1")
     if args.eval is not None:
         _validate_eval(args)
     topk = args.model.topk

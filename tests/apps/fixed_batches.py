@@ -56,7 +56,7 @@ def main():
         def loader(data_args, state=None, accumulate=args.grad_acc_steps):
             yield fixed_stream(rank, size, accumulate)
 
-        with install() as train_module:
+        with install(args) as train_module:
             original = train_module.build_dataloader_from_args
             train_module.build_dataloader_from_args = loader
             try:

@@ -173,6 +173,7 @@ MISTAKES = [
     ("eval.validation.window=99", "validation.window=99 is not allowed"),
     ("eval.validation.sources=[nope]", "nope is neither a file nor a folder"),
     ("eval.dtype=int8", "dtype='int8' is not known"),
+    ("save_at=[0]", "save_at=[0] is not allowed: give steps, counted from 1"),
     ("probe_freq=2", "probe_freq=2 is not offered by the embedded host"),
 ]
 

@@ -11,7 +11,7 @@ import torch
 import apps.main.eval as eval_module
 import apps.main.train as train_module
 from apps.topk import seam
-from apps.topk.model import TopKTransformer
+from apps.topk.model import TopKTrainArgs, TopKTransformer
 from apps.topk.train import train
 from lingua_topk import topk_handle
 from lingua_topk.anneal import alpha_at
@@ -179,6 +179,14 @@ def test_a_stopped_run_goes_on_where_it_was(corpus, whole_run, tmp_path, monkeyp
         assert {key: line[key] for key in same} == {key: other[key] for key in same}
 
 
+def test_early_steps_are_saved_besides_and_never_deleted(corpus, tmp_path):
+    keep = ["checkpoint.dump.every=4", "checkpoint.dump.keep=1", "checkpoint.eval.keep=1"]
+    extra = ["save_at=[1,3,6]", "grad_acc_steps=2", "steps=8", "logging.freq=4"]
+    train(train_args(corpus, tmp_path / "run", *keep, *extra))
+    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [1, 3, 6, 8]
+
+
 def test_every_start_is_written_down(corpus, whole_run, tmp_path):
     train(train_args(corpus, tmp_path / "run", "steps=2"))
     train(train_args(corpus, tmp_path / "run", "steps=3"))
@@ -268,6 +276,7 @@ REPLACED = [
     (train_module, "LMTransformer"),
     (train_module, "build_optimizer"),
     (train_module, "dist_mean_dict"),
+    (train_module, "every_n_steps"),
     (eval_module, "EvalArgs"),
     (eval_module, "launch_eval"),
 ]
@@ -279,7 +288,7 @@ def originals():
 
 def test_the_seam_puts_everything_back_even_after_an_error():
     before = originals()
-    with pytest.raises(ZeroDivisionError), seam.install() as module:
+    with pytest.raises(ZeroDivisionError), seam.install(TopKTrainArgs()) as module:
         assert module is train_module
         assert all(a is not b for a, b in zip(before, originals(), strict=True))
         raise ZeroDivisionError
@@ -291,7 +300,7 @@ def test_a_host_without_a_replaced_name_is_refused(monkeypatch, module, name):
     monkeypatch.delattr(module, name)
     before = {n: getattr(m, n) for m, n in REPLACED if n != name}
     with pytest.raises(HostError, match=f"{module.__name__} of this host has no {name}"):
-        entering(seam.install())
+        entering(seam.install(TopKTrainArgs()))
     assert before == {n: getattr(m, n) for m, n in REPLACED if n != name}
 
 

@@ -172,6 +172,12 @@ def test_data_can_be_loaded_in_a_process_of_its_own(corpus, tmp_path, lingua_run
     assert_same(read_metrics(tmp_path / "run"), read_metrics(lingua_run[0]))
 
 
+def test_early_steps_are_saved_besides(corpus, tmp_path):
+    train("lingua", corpus, tmp_path / "run", "steps=4", "save_at=[1,3]", "checkpoint.dump.keep=1")
+    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [1, 3, 4]
+
+
 def test_a_finished_run_says_so(corpus, lingua_run):
     folder, _ = lingua_run
     before = read_metrics(folder)
