@@ -19,7 +19,6 @@ from apps.topk.validation import measures, negative_log_likelihoods, tokenised
 from lingua.distributed import (
     DistributedArgs,
     get_global_rank,
-    get_is_master,
     get_local_rank,
     get_world_size,
     setup_torch_distributed,
@@ -91,12 +90,10 @@ def _main() -> None:
     init_logger()
     setup_torch_distributed(DistributedArgs())
     try:
-        results = launch_eval(args)
+        launch_eval(args)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if get_is_master():
-        print(summary(results))
 
 
 def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
@@ -107,6 +104,11 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
     """
     if not args.dump_dir:
         raise ConfigError("dump_dir is not set: give a folder for what the evaluation writes")
+    if not args.ckpt_dir:
+        raise ConfigError(
+            "ckpt_dir is not set: give the folder of a checkpoint, such as"
+            " DUMP_DIR/checkpoints/0000001000"
+        )
     checkpoint = open_checkpoint(args.ckpt_dir)
     longest, data = checkpoint.model_args.max_seqlen, checkpoint.params["data"]
     sources, window, context = check_validation(args.validation, data, longest)
@@ -124,6 +126,7 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
         results[name] = {**result, "l0": {str(layer): mean for layer, mean in l0.items()}}
     if get_global_rank() == 0:
         _write(args, checkpoint, dtype, results)
+        logger.info("%s (in %s)", summary(results), args.dump_dir)
     _barrier()
     return results
 

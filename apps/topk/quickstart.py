@@ -45,7 +45,7 @@ Text is prepared where data.root_dir does not exist yet; data.tokenizer.path goe
 NEXT = """\
 What to try next, from {root}:
   another k:         {python} -m apps.topk.train config={config} model.topk.k=16 dump_dir=dumps/k16
-  your own text:     {python} -m apps.topk.prepare --source FOLDER --out data/mine
+  your own text:     {python} -m apps.topk.prepare --source FOLDER --out data/mine --vocab_size 2000
   what a run wrote:  {dump_dir}/topk: config.yaml, train.log, metrics.jsonl, checkpoints, evals
   what there is:     README.md, and --help of every program
 """

@@ -94,6 +94,9 @@ def validate(args: TopKTrainArgs) -> None:
 
 def _validate_eval(args: TopKTrainArgs) -> None:
     """What the host would find out at the first evaluation only, hours later."""
+    folders = [Path(args.data.root_dir or "", source) for source in args.data.sources]
+    if not all(folder.is_dir() for folder in folders):
+        return  # the host refuses that, with more to say
     section = OmegaConf.create({"eval": args.eval})
     eval_args = cli.merge(_EvalSection, (section, "the config")).eval
     check_validation(eval_args.validation, asdict(args.data), args.data.seq_len)

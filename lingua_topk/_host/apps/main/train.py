@@ -190,7 +190,7 @@ def build_model(args: TrainArgs, device: torch.device, device_mesh) -> nn.Module
             model = LMTransformer(args.model)
     finally:
         torch.set_default_dtype(before)
-    logger.info("%d parameters", get_num_params(model))
+    logger.info("%s parameters", f"{get_num_params(model):,}")
     model = parallelize_model(
         model,
         device_mesh,
