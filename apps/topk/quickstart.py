@@ -114,7 +114,7 @@ def _check_same_run(folder: Path, args: TopKTrainArgs) -> None:
 
 
 def _difference(wanted: Any, there: Any, key: str) -> str | None:
-    """ "key=WANTED, but it is THERE" for the first key that differs."""
+    """What to say of the first key that differs, or None."""
     if isinstance(wanted, dict) and isinstance(there, dict):
         for name in wanted:
             found = _difference(wanted[name], there.get(name), f"{key}.{name}")
