@@ -18,8 +18,8 @@ Usage: ./setup.sh [command]
   (none)                      make or update .venv; quick when nothing changed
   quickstart [key=value ...]  set up if needed, then train and compare a TopK model and its twin
   test [pytest arguments]     set up if needed, then run the test suite
-  lingua DIR                  set up with all that Meta Lingua imports, and link apps/topk into the
-                              checkout of facebookresearch/lingua in DIR
+  lingua DIR                  set up with all that Meta Lingua imports, and link apps/topk and
+                              lingua_topk into the checkout of facebookresearch/lingua in DIR
   help                        show this text
 
 Environment variables
@@ -109,7 +109,16 @@ install_torch() {
 }
 
 # Changes when an installation is out of date.
-fingerprint() { { version_of "$python" && cat pyproject.toml "$constraints"; } | cksum; }
+fingerprint() { { version_of "$python" && cat setup.sh pyproject.toml "$constraints"; } | cksum; }
+
+# So that `python -m lingua.stool` works from here as it does in a checkout. Last on the path:
+# a package called lingua that is installed, or a checkout that one works in, comes first; and
+# our apps before the host's.
+offer_host() {
+  "$python" -c 'import sys, sysconfig
+with open(sysconfig.get_path("purelib") + "/lingua_topk_host.pth", "w") as file:
+    file.write("\n".join(sys.argv[1:]) + "\n")' "$root" "$root/lingua_topk/_host"
+}
 
 # ensure EXTRA: .venv holds the project with that extra of pyproject.toml, at the pinned versions.
 # The stamp is written last, so an interrupted installation is taken up again.
@@ -125,23 +134,27 @@ ensure() {
   # Editable: importable from every folder, and a change in the code takes effect at once.
   # Without build isolation: the pinned setuptools builds, and nothing more is fetched for it.
   pip_install --no-build-isolation --editable ".[$extra]"
+  offer_host
   "$python" -c 'import lingua_topk' ||
     die "lingua_topk does not import; Python's own words are above; to start afresh, delete .venv"
   fingerprint >"$stamp"
   say ".venv is ready"
 }
 
-# link_into DIR: apps/topk becomes a part of a checkout; nothing that is there gives way.
+# link_into DIR: our folders become a part of a checkout; nothing that is there gives way.
+# lingua_topk too, although it is installed: what stool copies is then all that a job runs.
 link_into() {
-  local checkout="$1" mark link
+  local checkout="$1" mark part link
   for mark in lingua/transformer.py apps/main/train.py; do
     [[ -f "$checkout/$mark" ]] ||
       die "'$checkout' is no checkout of facebookresearch/lingua: it has no $mark"
   done
-  link="$checkout/apps/topk"
-  if [[ -L "$link" && "$(readlink -- "$link")" == "$root/apps/topk" ]]; then return; fi
-  [[ ! -e "$link" && ! -L "$link" ]] || die "$link is there already: move it, then run this again"
-  ln -s -- "$root/apps/topk" "$link"
+  for part in apps/topk lingua_topk; do
+    link="$checkout/$part"
+    if [[ -L "$link" && "$(readlink -- "$link")" == "$root/$part" ]]; then continue; fi
+    [[ ! -e "$link" && ! -L "$link" ]] || die "$link is there already: move it, then run this again"
+    ln -s -- "$root/$part" "$link"
+  done
 }
 
 main() {
@@ -166,7 +179,7 @@ main() {
       checkout="$(cd -- "$2" && pwd -P)"
       link_into "$checkout"
       ensure lingua
-      say "apps/topk is linked into $checkout; from there: torchrun -m apps.topk.train config=..."
+      say "apps/topk and lingua_topk are linked into $checkout; from there: torchrun -m apps.topk.train config=..."
       say "or from here: LINGUA_HOME=$checkout torchrun -m apps.topk.train config=..."
       ;;
     help | -h | --help)

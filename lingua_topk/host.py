@@ -55,6 +55,7 @@ def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) ->
     """
     environ = os.environ if environ is None else environ
     cwd = Path.cwd() if cwd is None else cwd
+    base = submitted_from(environ, cwd) or cwd
     wanted = environ.get(HOST_VARIABLE) or "auto"
     if wanted not in CHOICES:
         raise HostError(
@@ -62,7 +63,7 @@ def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) ->
         )
     if wanted == "embedded":
         return Host("embedded", EMBEDDED_ROOT)
-    root = _find_checkout(environ, cwd)
+    root = _find_checkout(environ, cwd, base)
     if root is not None:
         return Host("lingua", root, _commit(root))
     if wanted == "lingua":
@@ -74,10 +75,11 @@ def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) ->
     return Host("embedded", EMBEDDED_ROOT)
 
 
-def _find_checkout(environ: Mapping[str, str], cwd: Path) -> Path | None:
+def _find_checkout(environ: Mapping[str, str], cwd: Path, base: Path) -> Path | None:
+    """LINGUA_HOME, relative to `base`, or else `cwd` if that is a checkout."""
     home = environ.get(HOME_VARIABLE)
     if home:
-        root = (cwd / Path(home).expanduser()).resolve()
+        root = (base / Path(home).expanduser()).resolve()
         if root == EMBEDDED_ROOT:
             raise HostError(
                 f"{HOME_VARIABLE}={home!r} is the embedded host, not a checkout of"
@@ -94,6 +96,33 @@ def _find_checkout(environ: Mapping[str, str], cwd: Path) -> Path | None:
         return root
     root = cwd.resolve()
     return None if root == EMBEDDED_ROOT or _missing(root) else root
+
+
+def submitted_from(environ: Mapping[str, str], cwd: Path) -> Path | None:
+    """The folder that a job of Lingua's stool was submitted from, if `cwd` is the copy it made.
+
+    The script that stool writes exports LAUNCH_WITH and DUMP_DIR and then changes into
+    DUMP_DIR/code; bash keeps the folder before in OLDPWD.
+    """
+    before, dump_dir = environ.get("OLDPWD"), environ.get("DUMP_DIR")
+    if environ.get("LAUNCH_WITH") != "SBATCH" or not before or not dump_dir:
+        return None
+    code = Path(before, dump_dir, "code")
+    return Path(before) if code.resolve() == cwd.resolve() else None
+
+
+def leave_copied_code() -> None:
+    """In a job of stool, go back to where it was submitted: paths mean what they meant there.
+
+    The code is imported from the copy all the same, which the interpreter has put on its path
+    when it started. Child processes get the host by name, since they look from another folder.
+    """
+    before = submitted_from(os.environ, Path.cwd())
+    if before is None:
+        return
+    if _bound is not None and _bound.kind == "lingua":
+        os.environ[HOME_VARIABLE] = str(_bound.root)
+    os.chdir(before)
 
 
 def _missing(root: Path) -> list[str]:

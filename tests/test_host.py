@@ -122,6 +122,53 @@ def test_a_wrong_lingua_home_is_an_error_that_says_what_is_missing(checkout, els
         assert f"LINGUA_HOME={home!r}" in str(caught.value)
 
 
+def job(folder: Path, dump_dir: str) -> tuple[dict[str, str], Path]:
+    """The environment and the working directory of a job that stool submitted from `folder`."""
+    code = folder / dump_dir / "code"
+    code.mkdir(parents=True)
+    return {"LAUNCH_WITH": "SBATCH", "DUMP_DIR": dump_dir, "OLDPWD": str(folder)}, code
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_job_knows_where_it_was_submitted(tmp_path, elsewhere, absolute):
+    environ, code = job(elsewhere, str(tmp_path / "run") if absolute else "runs/first")
+    assert host.submitted_from(environ, code) == elsewhere
+    assert host.submitted_from(environ, elsewhere) is None  # code was not copied, or left already
+    for name in environ:
+        assert host.submitted_from({**environ, name: ""}, code) is None
+
+
+def test_in_a_job_lingua_home_is_relative_to_where_it_was_submitted(checkout, elsewhere):
+    environ, code = job(elsewhere, "runs/first")
+    assert host.choose({**environ, "LINGUA_HOME": "../checkout"}, code).root == checkout
+    assert host.choose(environ, code) == EMBEDDED
+
+
+def test_a_job_finds_the_checkout_that_was_copied(checkout):
+    environ, code = job(checkout, "runs/first")
+    assert host.choose(environ, make_checkout(code)).root == code
+
+
+LEAVE = """
+import os, subprocess
+from lingua_topk import host
+host.bind([])
+host.leave_copied_code()
+host.leave_copied_code()
+print(os.getcwd(), host.bound().root, flush=True)
+program = "from lingua_topk import host; print(host.choose().root)"
+subprocess.run([sys.executable, "-c", program], check=True)
+"""
+
+
+def test_a_job_goes_back_and_its_children_keep_the_host(checkout):
+    """The checkout that it was submitted from is not what the job runs on."""
+    environ, code = job(checkout, "runs/first")
+    make_checkout(code)
+    done = python(LEAVE, code, **environ)
+    assert done.stdout.split() == [str(checkout), str(code), str(code)], done.stderr
+
+
 # The package without its `__init__`, which imports torch: `host` needs nothing of it.
 WITHOUT_TORCH = f"""
 import sys, types

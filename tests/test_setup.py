@@ -226,7 +226,8 @@ def test_lingua_links_our_folder_into_a_checkout_and_installs_what_it_imports(co
         result = copy.run("lingua", "a checkout", cwd=copy.elsewhere)
         assert result.returncode == 0, result.stderr
         assert f"LINGUA_HOME={lingua}" in result.stdout
-        assert (lingua / "apps" / "topk").readlink() == copy.root / "apps" / "topk"
+        for part in ("apps/topk", "lingua_topk"):
+            assert (lingua / part).readlink() == copy.root / part
     assert [words[-1] for words in copy.installed()] == ["setuptools", "torch", ".[lingua]"]
 
 
@@ -240,9 +241,10 @@ def test_what_is_no_checkout_is_refused_before_anything_is_installed(copy):
     assert not copy.calls()
 
 
+@pytest.mark.parametrize("part", ["apps/topk", "lingua_topk"])
 @pytest.mark.parametrize("kind", ["folder", "link"])
-def test_what_is_in_the_place_of_the_link_stays(copy, kind):
-    place = checkout(copy.elsewhere / "checkout") / "apps" / "topk"
+def test_what_is_in_the_place_of_a_link_stays(copy, kind, part):
+    place = checkout(copy.elsewhere / "checkout") / part
     place.mkdir() if kind == "folder" else place.symlink_to("/nowhere")
     assert_refused(copy.run("lingua", str(copy.elsewhere / "checkout")), "is there already")
     assert not copy.calls()

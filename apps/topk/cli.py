@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed import TCPStore
 
 from lingua_topk.errors import ConfigError
+from lingua_topk.host import leave_copied_code
 
 
 def run(main: Callable[[], None]) -> None:
@@ -23,6 +24,7 @@ def run(main: Callable[[], None]) -> None:
     An exception that carries `exit_status` is meant for the user, ours and the embedded
     host's alike.
     """
+    leave_copied_code()
     try:
         main()
     except KeyboardInterrupt:

@@ -86,7 +86,8 @@ def _stand_in():
 
 
 def _find_lingua():
-    home = os.environ.get("LINGUA_HOME", "")
+    # A checkout for this file alone, where LINGUA_HOME itself is what is tested.
+    home = os.environ.get("LINGUA_ON_CPU") or os.environ.get("LINGUA_HOME") or os.getcwd()
     if not os.path.isfile(os.path.join(home, "lingua", "transformer.py")):
         sys.exit(f"LINGUA_HOME={home!r} is not a checkout of facebookresearch/lingua")
     sys.path[0] = os.getcwd()

@@ -6,12 +6,12 @@ into one line.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lingua._files import write_whole
 from lingua.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -75,20 +75,6 @@ def dump_config(config: Any, path: str | Path, log_config: bool = True) -> None:
     """Write a config as YAML, whole or not at all; log it at level INFO if asked."""
     node = OmegaConf.create(config) if isinstance(config, dict) else OmegaConf.structured(config)
     text = OmegaConf.to_yaml(node)
-    _write_whole(Path(path), text)
+    write_whole(Path(path), text)
     if log_config:
         logger.info("the config, as written to %s:\n%s", path, text.rstrip())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -1,0 +1,303 @@
+"""Submit a program as a SLURM job, from a copy of the code as it is now.
+
+    python -m lingua.stool script=apps.main.train config=FILE nodes=1 partition=... [key=value ...]
+
+Writes into the config's dump_dir: code/ (the .py files under the working directory),
+base_config.yaml, submit.slurm and logs/; then runs `<launcher> submit.slurm`. The job starts
+in code/, so every path of the config that this module knows is made absolute before.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lingua._files import write_whole
+from lingua._sbatch import Job, has_command, job_text, partition_limits
+from lingua.args import dataclass_from_dict
+from lingua.errors import ConfigError, UserError
+
+# Keys of the configs that hold paths.
+PATH_KEYS = (
+    "dump_dir",
+    "ckpt_dir",
+    "metric_log_dir",
+    "data.root_dir",
+    "data.tokenizer.path",
+    "checkpoint.path",
+    "checkpoint.init_ckpt_path",
+    "validation.root_dir",
+    "eval.validation.root_dir",
+)
+# What tells a folder of installed packages, or of an earlier job's code, from code to copy.
+ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta", "base_config.yaml")
+DEFAULT_TIME = 3 * 24 * 60  # minutes, for a partition that sinfo does not list
+
+
+@dataclass
+class StoolArgs:
+    config: Any = None  # a path on the command line, the config itself in Python
+    launcher: str = "sbatch"  # bash runs it here: within an allocation, or without SLURM
+    script: str = "apps.main.train"  # the module to run
+    copy_code: bool = True  # run a copy, so that a queued job does not see later changes
+    dirs_exists_ok: bool = False  # go on where dump_dir exists, with new code and config
+    override: bool = False  # delete dump_dir first, after a question
+    nodes: int = -1
+    ngpu: int = 8  # a node; as many processes
+    ncpu: int = 16  # a GPU
+    mem: str = ""  # a node; empty: all of it
+    anaconda: str = "default"  # the environment's folder; default: of the Python that runs this
+    constraint: str = ""
+    exclude: str = ""
+    time: int = -1  # minutes; -1: as much as the partition allows
+    account: str = ""
+    qos: str = ""
+    partition: str = "learn"
+    stdout: bool = False  # all processes write to the job's own output
+    dry_run: bool = False  # print submit.slurm and what would be copied; write nothing
+
+
+def copy_dir(input_dir: str | Path, output_dir: str | Path) -> int:
+    """Copy the .py files under `input_dir` to the same places under `output_dir`; how many."""
+    copied = 0
+    for path in code_files(Path(input_dir)):
+        target = Path(output_dir, path.relative_to(input_dir))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        copied += 1
+    return copied
+
+
+def code_files(root: Path) -> Iterator[Path]:
+    """The .py files under `root`, links followed, in a fixed order.
+
+    Hidden folders, environments and the folders of runs are left out: one that lies within the
+    checkout would be copied with all its packages, or with the copies of earlier jobs.
+    """
+    visited = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder around it
+            inner.clear()
+            continue
+        visited.add(real)
+        inner[:] = sorted(name for name in inner if _is_code(Path(folder, name)))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if name.endswith(".py") and path.is_file():
+                yield path
+
+
+def _is_code(folder: Path) -> bool:
+    if folder.name.startswith(".") or folder.name == "__pycache__":
+        return False
+    return not any((folder / mark).exists() for mark in ENVIRONMENT_MARKS)
+
+
+def retrieve_max_time_per_partition() -> dict[str, int]:
+    """Minutes by partition, as sinfo tells. ConfigError where there is no SLURM to ask."""
+    return partition_limits()
+
+
+def validate_args(args: StoolArgs) -> None:
+    """Fill in what follows from other fields; ConfigError for what cannot be submitted."""
+    config = args.config
+    if not config or not config.get("dump_dir") or not config.get("name"):
+        raise ConfigError("config needs dump_dir and name: the job's folder and its name in SLURM")
+    for name, least in (("nodes", 1), ("ngpu", 1), ("ncpu", 1)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"{name}={getattr(args, name)} is too small: give at least {least}")
+    if args.time == 0 or args.time < -1:
+        raise ConfigError(f"time={args.time} is not allowed: give minutes, or -1 for all there is")
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, str) and not value.isprintable():
+            raise ConfigError(f"{field.name}={value!r} is not printable: it goes into a script")
+    for key in ("name", "dump_dir"):
+        value = str(config[key])
+        if not value.isprintable() or re.search(r'["%]', value):
+            raise ConfigError(f'{key}={value!r} has a character that sbatch reads as its own: "%')
+    if not re.fullmatch(r"\w+(\.\w+)*", args.script):
+        raise ConfigError(f"script={args.script!r} is no module: write it as apps.main.train")
+    if not args.partition:
+        raise ConfigError("partition='' is empty: give one of those that sinfo lists")
+    args.mem = args.mem or "0"
+    if args.anaconda != "default" and not Path(args.anaconda, "bin", "python").is_file():
+        raise ConfigError(f"anaconda={args.anaconda} has no bin/python: give an environment")
+    if not args.launcher.split() or not (args.dry_run or has_command(args.launcher.split()[0])):
+        raise ConfigError(
+            f"launcher={args.launcher!r} is not installed here: on a machine without SLURM use"
+            " launcher=bash, or look at the job with dry_run=true"
+        )
+    if args.nodes > 1 and not _has_srun(args):
+        raise ConfigError(f"nodes={args.nodes} needs srun, which is not here: give nodes=1")
+
+
+def _has_srun(args: StoolArgs) -> bool:
+    """Whether the job is started by srun: wherever SLURM is, and in what is only looked at."""
+    return has_command("srun") or args.launcher != "bash"
+
+
+def launch_job(args: StoolArgs) -> int:
+    """Write the job's folder and hand it to the launcher, whose exit status is returned."""
+    validate_args(args)
+    config = _with_absolute_paths(args.config)
+    dump_dir = Path(config["dump_dir"])
+    code = dump_dir / "code" if args.copy_code else Path.cwd()
+    _check_code(args, dump_dir)
+    text = job_text(_job(args, config, dump_dir, code), has_srun=_has_srun(args))
+    if args.dry_run:
+        _show(args, dump_dir, text)
+        return 0
+    if not _make_room(args, dump_dir):
+        return 1
+    (dump_dir / "logs").mkdir(parents=True, exist_ok=True)
+    # First, since it marks the folder as one that is not copied itself.
+    write_whole(dump_dir / "base_config.yaml", OmegaConf.to_yaml(config))
+    if args.copy_code:
+        print(f"copied {copy_dir(Path.cwd(), code):,} files of code to {code}")
+    script = dump_dir / "submit.slurm"
+    write_whole(script, text)
+    print(f"{args.launcher} {script}", flush=True)
+    return subprocess.call([*args.launcher.split(), str(script)])
+
+
+def _with_absolute_paths(config: Any) -> DictConfig:
+    config = OmegaConf.create(
+        config if isinstance(config, dict) else OmegaConf.to_container(config)
+    )
+    for key in PATH_KEYS:
+        value = OmegaConf.select(config, key)
+        if value:
+            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(value)))
+    return config
+
+
+def _check_code(args: StoolArgs, dump_dir: Path) -> None:
+    """ConfigError where the job would not find its program, or would copy what is no code."""
+    here = Path.cwd()
+    if not args.copy_code:
+        return
+    path = Path(*args.script.split("."))
+    if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file():
+        raise ConfigError(
+            f"script={args.script} is not in {here}, whose code would be copied: run this from the"
+            " folder that holds it, or give copy_code=false for a module that is installed"
+        )
+    if dump_dir == here or dump_dir in here.parents:
+        raise ConfigError(f"dump_dir={dump_dir} holds the code that would be copied: give another")
+
+
+def _job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job:
+    if args.anaconda == "default":
+        python = Path(sys.executable)
+    else:
+        python = Path(args.anaconda).expanduser().absolute() / "bin" / "python"
+    named = ("exclude", "qos", "account", "constraint")
+    return Job(
+        name=config["name"], dump_dir=dump_dir, script=args.script,
+        nodes=args.nodes, ngpu=args.ngpu, ncpu=args.ncpu, mem=args.mem,
+        time=_time(args), partition=args.partition,
+        directives=[f"--{name}={getattr(args, name)}" for name in named if getattr(args, name)],
+        python=python, code=code, origin=_origin(args), submitted_from=Path.cwd(),
+        stdout=args.stdout,
+    )  # fmt: skip
+
+
+def _time(args: StoolArgs) -> int | None:
+    """Minutes; None where no SLURM will read them."""
+    if args.time > 0:
+        return args.time
+    if args.launcher != "sbatch" or (args.dry_run and not has_command("sinfo")):
+        return None
+    return retrieve_max_time_per_partition().get(args.partition, DEFAULT_TIME)
+
+
+def _origin(args: StoolArgs) -> str:
+    here = Path.cwd()
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        answer = "unknown"
+    return f"copied from {here}, commit {answer}" if args.copy_code else f"commit {answer}"
+
+
+def _show(args: StoolArgs, dump_dir: Path, text: str) -> None:
+    print(text)
+    if args.copy_code:
+        number = sum(1 for _ in code_files(Path.cwd()))
+        print(f"dry run: {number:,} files of code would be copied to {dump_dir}/code")
+    if dump_dir.exists() and not (args.dirs_exists_ok or args.override):
+        print(f"dry run: {dump_dir} exists: without dirs_exists_ok=true this would be refused")
+    print("dry run: nothing was written, nothing submitted")
+
+
+def _make_room(args: StoolArgs, dump_dir: Path) -> bool:
+    """Whether the job may have `dump_dir`; what is in it is deleted only after a yes."""
+    if not dump_dir.exists():
+        return True
+    if args.override:
+        question = f"Delete {dump_dir} with all that is in it? It cannot be undone. (yes/no): "
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"override=true would delete {dump_dir}, and there is nobody to ask: delete it"
+                " yourself, or give dirs_exists_ok=true to keep what is in it"
+            )
+        if input(question).strip().lower() != "yes":
+            print("nothing was deleted, nothing submitted")
+            return False
+        shutil.rmtree(dump_dir)
+        return True
+    if args.dirs_exists_ok:
+        return True
+    raise ConfigError(
+        f"dump_dir={dump_dir} exists: give another, or dirs_exists_ok=true to go on in it"
+    )
+
+
+def main() -> None:
+    """The command line: key=value of StoolArgs, config a YAML file."""
+    try:
+        sys.exit(launch_job(_read_args()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except OSError as error:
+        print(f"error: dump_dir cannot be written: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _read_args() -> StoolArgs:
+    if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
+        print(f"{__doc__}\n{OmegaConf.to_yaml(OmegaConf.structured(StoolArgs()))}")
+        sys.exit(0)
+    path = "the command line"
+    try:
+        words = OmegaConf.from_cli()
+        path = words.pop("config", None)
+        if not path or not Path(path).is_file():
+            raise ConfigError(f"config={path} is not a file: give the path of a YAML file")
+        args = dataclass_from_dict(StoolArgs, OmegaConf.to_container(words))
+        args.config = OmegaConf.load(path)
+        if not isinstance(args.config, DictConfig):
+            raise ConfigError(f"config={path} holds no mapping: write one `key: value` a line")
+        return args
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = f"{getattr(error, 'full_key', None) or path}: {str(error).splitlines()[0]}"
+        raise ConfigError(f"{reason}; --help lists what is allowed") from None
+
+
+if __name__ == "__main__":
+    main()
