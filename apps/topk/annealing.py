@@ -1,5 +1,6 @@
 """alpha beside the learning rate: driven, saved and restored by the same scheduler."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ class ResumableScheduler:
     """The host's learning-rate scheduler, with a first step after a resume at the right rate.
 
     LambdaLR restores its own state only: Meta Lingua's first step would run with the rate of
-    step 0, which with a warm-up is none at all.
+    step 0, which with a warm-up is none at all. `resumed` is called with the number of steps
+    that are done, once they are known.
     """
 
-    def __init__(self, scheduler: LambdaLR):
+    def __init__(self, scheduler: LambdaLR, resumed: Callable[[int], None] = lambda step: None):
         self.scheduler = scheduler
+        self.resumed = resumed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["scheduler"], name)
@@ -29,6 +32,7 @@ class ResumableScheduler:
         groups = self.scheduler.optimizer.param_groups
         for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
+        self.resumed(self.scheduler.last_epoch)
 
 
 class AnnealingScheduler(ResumableScheduler):
@@ -41,8 +45,14 @@ class AnnealingScheduler(ResumableScheduler):
         used_alpha: alpha of the last finished optimizer step.
     """
 
-    def __init__(self, scheduler: LambdaLR, handle: TopKHandle, n_steps: int):
-        super().__init__(scheduler)
+    def __init__(
+        self,
+        scheduler: LambdaLR,
+        handle: TopKHandle,
+        n_steps: int,
+        resumed: Callable[[int], None] = lambda step: None,
+    ):
+        super().__init__(scheduler, resumed)
         self.handle = handle
         self.n_steps = n_steps
         self.stats = handle.start_stats()
@@ -60,19 +70,21 @@ class AnnealingScheduler(ResumableScheduler):
         self.handle.alpha = self._alpha()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state, and how long each neuron has been idle; JSON throughout."""
+        """The scheduler's state, and what this process has counted; JSON throughout."""
         idle = {str(i): stats.idle.tolist() for i, stats in self.stats.items()}
-        return {**self.scheduler.state_dict(), "topk": {"idle": idle}}
+        counts = {str(i): stats.counts.tolist() for i, stats in self.stats.items()}
+        return {**self.scheduler.state_dict(), "topk": {"idle": idle, "counts": counts}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both; neurons go on being idle for as long as they have been."""
+        """Restore both; the counts since the last log line go on, and so do idle neurons."""
         state = dict(state_dict)
-        idle = state.pop("topk", {}).get("idle", {})
+        topk = state.pop("topk", {})
         super().load_state_dict(state)
         for i, stats in self.stats.items():
-            saved = idle.get(str(i))
-            if saved is not None and len(saved) == len(stats.idle):
-                stats.idle.copy_(torch.tensor(saved))
+            for name, counted in (("idle", stats.idle), ("counts", stats.counts)):
+                saved = topk.get(name, {}).get(str(i))
+                if saved is not None and len(saved) == len(counted):
+                    counted.copy_(torch.tensor(saved))
         self.handle.alpha = self.used_alpha = self._alpha()
 
     def metrics(self) -> dict[str, float]:

@@ -7,7 +7,9 @@ Nothing here has an effect on the embedded host. The table in the README lists t
 import importlib.util
 import logging
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,52 @@ def validate(args: Any) -> None:
             f" checkpoint.dump.every={every.dump.every} or"
             f" checkpoint.eval.every={every.eval.every}"
         )
+
+
+class Stops(dict):
+    """In place of Lingua's `preemption_flag`: a signal ends the run after a whole step, on all.
+
+    Lingua asks for "flag" after every micro-batch, each process its own: a save in
+    mid-accumulation loses the gradients that are added up, and a signal that arrives at
+    different moments has processes wait for each other for ever. It hears SIGUSR2 only, and
+    asks SLURM to requeue the job whether there is a SLURM or not.
+    """
+
+    def __init__(self, requeue: Callable[[], None]):
+        super().__init__(flag=False)
+        self._requeue = requeue
+        self._ends = False  # not to be requeued
+        self._handlers: dict[int, Any] = {}  # those before ours
+        self.is_step_done = True
+
+    def listen(self) -> None:
+        """SIGTERM and Ctrl-C end the run like SIGUSR2; a second Ctrl-C does not wait."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._end)
+
+    def stop_listening(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _end(self, signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        logger.warning("signal %s: saving and ending after this step", signal.Signals(signum).name)
+        self["flag"] = self._ends = True
+
+    def __getitem__(self, name: str) -> bool:
+        if not self.is_step_done:
+            return False
+        from lingua.distributed import dist_max
+
+        return bool(dist_max(int(super().__getitem__(name))).item())
+
+    def requeue(self) -> None:
+        """Lingua's own, where it can be and is wanted."""
+        if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ and not self._ends:
+            self._requeue()
+        else:
+            logger.info("saved; start the run again to go on")
 
 
 def is_finished(args: Any) -> bool:

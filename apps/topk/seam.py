@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from apps.topk import lingua_host
 from apps.topk.annealing import AnnealingScheduler, ResumableScheduler
 from apps.topk.model import TopKTrainArgs, TopKTransformer
 from lingua_topk import topk_handle
@@ -22,7 +23,8 @@ class Seam:
     """The replacements for one run; they share the scheduler that drives alpha.
 
     `args` is the run's config. `started` is called in every process once the run is certain:
-    the config is checked, the log is open, the weights are in place.
+    the config is checked, the log is open, the weights are in place. `resumed` is called after
+    it where the run goes on from a checkpoint, with the steps that are done.
     """
 
     def __init__(
@@ -31,13 +33,16 @@ class Seam:
         eval_module: ModuleType,
         args: TopKTrainArgs,
         started: Callable[[], None],
+        resumed: Callable[[int], None],
     ):
         self._args = args
         self._started = started
+        self._resumed = resumed
         self._every_n_steps = _lookup(train_module, "every_n_steps")
         self._build_optimizer = _lookup(train_module, "build_optimizer")
         self._dist_mean_dict = _lookup(train_module, "dist_mean_dict")
         self.annealing: AnnealingScheduler | None = None
+        self.stops: lingua_host.Stops | None = None
 
         from apps.topk.eval import EvalArgs, launch_eval
 
@@ -49,6 +54,12 @@ class Seam:
             (eval_module, "EvalArgs", EvalArgs),
             (eval_module, "launch_eval", launch_eval),
         ]
+        if lingua_host.is_lingua():
+            self.stops = lingua_host.Stops(_lookup(train_module, "requeue_slurm_job"))
+            self.replacements += [
+                (train_module, "preemption_flag", self.stops),
+                (train_module, "requeue_slurm_job", self.stops.requeue),
+            ]
         for module, name, _ in self.replacements:
             _lookup(module, name)
 
@@ -58,15 +69,19 @@ class Seam:
         Called after the weights are on their device, which is when counters can be made.
         """
         optimizer, scheduler = self._build_optimizer(model, args, n_steps)
+        if self.stops is not None:
+            self.stops.listen()
         self._started()
         handle = topk_handle(model)
         if handle is None:
-            return optimizer, ResumableScheduler(scheduler)
-        self.annealing = AnnealingScheduler(scheduler, handle, n_steps)
+            return optimizer, ResumableScheduler(scheduler, self._resumed)
+        self.annealing = AnnealingScheduler(scheduler, handle, n_steps, self._resumed)
         return optimizer, self.annealing
 
     def every_n_steps(self, train_state, freq, acc_step=None, acc_freq=None) -> bool:
         """The host's answer, and yes for the steps of `save_at` where it asks what to save."""
+        if self.stops is not None:
+            self.stops.is_step_done = train_state.acc_step == 0
         if self._every_n_steps(train_state, freq, acc_step=acc_step, acc_freq=acc_freq):
             return True
         asks_for_save = freq == self._args.checkpoint.dump.every and acc_step == 0
@@ -96,13 +111,15 @@ def _lookup(module: ModuleType, name: str) -> Any:
 
 @contextlib.contextmanager
 def install(
-    args: TopKTrainArgs, started: Callable[[], None] = lambda: None
+    args: TopKTrainArgs,
+    started: Callable[[], None] = lambda: None,
+    resumed: Callable[[int], None] = lambda step: None,
 ) -> Iterator[ModuleType]:
     """Within it the host's loop trains the TopK model of `args`. Yields the host's module."""
     import apps.main.eval as eval_module
     import apps.main.train as train_module
 
-    seam = Seam(train_module, eval_module, args, started)
+    seam = Seam(train_module, eval_module, args, started, resumed)
     originals = [(module, name, getattr(module, name)) for module, name, _ in seam.replacements]
     try:
         for module, name, replacement in seam.replacements:
@@ -112,3 +129,5 @@ def install(
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
+        if seam.stops is not None:
+            seam.stops.stop_listening()

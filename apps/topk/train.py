@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 
-from apps.topk import cli, lingua_host
+from apps.topk import cli, lingua_host, resume
 from apps.topk.eval import EvalArgs, ValidationArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
 from apps.topk.provenance import provenance, write_json
@@ -46,7 +47,8 @@ def train(args: TopKTrainArgs) -> None:
         if get_is_master():
             print(f"this run has done its {args.steps} steps already; nothing to do")
         return
-    with install(args, lambda: _write_provenance(args)) as train_module:
+    changes = resume.check_unchanged(args)
+    with install(args, lambda: _started(args, changes), partial(_resumed, args)) as train_module:
         try:
             train_module.train(args)
         finally:
@@ -54,9 +56,21 @@ def train(args: TopKTrainArgs) -> None:
                 dist.destroy_process_group()
 
 
+def _started(args: TopKTrainArgs, changes: list[str]) -> None:
+    """The run is certain, and nothing of it is loaded yet."""
+    lingua_host.log_supplied()
+    resume.log_start(args, changes)
+    if resume.newest_params(args) is None:
+        resume.trim_records(args.dump_dir, 0)
+    _write_provenance(args)
+
+
+def _resumed(args: TopKTrainArgs, step: int) -> None:
+    resume.trim_records(args.dump_dir, step)
+
+
 def _write_provenance(args: TopKTrainArgs) -> None:
     """The host, versions and seeds of each start of the run: a list in provenance.json."""
-    lingua_host.log_supplied()
     if not get_is_master():
         return
     origin = provenance(seed=args.seed, model_seed=args.model.seed, processes=get_world_size())

@@ -207,7 +207,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(corpus, whole_run, capsys):
 def test_a_finished_run_keeps_its_config(corpus, whole_run):
     _, folder = whole_run
     before = (folder / "config.yaml").read_bytes()
-    train(train_args(corpus, folder, "steps=10", "optim.lr=5"))
+    train(train_args(corpus, folder, "steps=10", "logging.freq=5"))
     assert (folder / "config.yaml").read_bytes() == before
 
 

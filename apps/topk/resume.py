@@ -1,0 +1,191 @@
+"""A run that goes on: what may have changed since its checkpoint, and its records as of then."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from apps.topk.model import TopKTrainArgs
+from lingua.distributed import get_is_master
+from lingua_topk.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Sections and keys that say where and how a run works, and not what comes out.
+MAY_CHANGE = (
+    "name",
+    "dump_dir",
+    "steps",
+    "save_at",
+    "gc_collect_freq",
+    "probe_freq",
+    "async_eval_gpus",
+    "env",
+    "profiling",
+    "logging",
+    "checkpoint",
+    "eval",
+    "distributed",
+    "data.load_async",
+    "data.max_malformed",
+    "model.topk.dead_window",
+)
+MAY_NOT_CHANGE_ALTHOUGH = ("distributed.model_dtype",)  # within a section that may
+PATHS = ("data.root_dir", "data.tokenizer.path")
+# The host fills these in: from the tokenizer, and from data.seq_len.
+FILLED_IN = ("model.vocab_size", "model.max_seqlen")
+RECORDS = ("metrics.jsonl", "metrics.validation.jsonl", "metrics.eval.jsonl")
+
+
+def checkpoint_folder(args: TopKTrainArgs) -> Path:
+    """Where a run has its checkpoints."""
+    return Path(args.checkpoint.path or Path(args.dump_dir, "checkpoints"))
+
+
+def newest_params(args: TopKTrainArgs) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be resumed, and the config in it; None for a new run."""
+    states = checkpoint_folder(args).glob("[0-9]*/train_state_00000.json")
+    folders = [state.parent for state in states if state.parent.name.isdecimal()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
+        params = read_params(folder)
+        if params is not None:
+            return folder, params
+    return None
+
+
+def read_params(folder: Path) -> dict[str, Any] | None:
+    """The config that is saved in a checkpoint; None where there is none that can be read."""
+    try:
+        params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return params if isinstance(params, dict) and isinstance(params.get("model"), dict) else None
+
+
+def check_unchanged(args: TopKTrainArgs) -> list[str]:
+    """What changed since the checkpoint and may, a line each; ConfigError for what may not."""
+    found = newest_params(args)
+    if found is None:
+        return []
+    folder, saved = found
+    _check_kind(args, folder, saved)
+    changes = list(_changes(saved, asdict(args)))
+    refused = [change for change in changes if not _may_change(change[0])]
+    if refused:
+        key, old, new = refused[0]
+        more = f" ({len(refused)} such differences)" if len(refused) > 1 else ""
+        raise ConfigError(
+            f"{key}={new}, but the run in dump_dir={args.dump_dir} has {old} (in {folder}){more}:"
+            " give that value to resume it, or another dump_dir to start a new run"
+        )
+    return [f"{key}: {old} -> {new}" for key, old, new in changes]
+
+
+def _check_kind(args: TopKTrainArgs, folder: Path, saved: dict[str, Any]) -> None:
+    """The weights fit both kinds of model, so nothing else would notice."""
+    had, has = saved["model"].get("topk"), args.model.topk
+    if (had is None) == (has is None):
+        return
+    kinds = {True: "a plain model", False: "a TopK model"}
+    raise ConfigError(
+        f"model.topk={None if has is None else asdict(has)} makes {kinds[has is None]}, but the run"
+        f" in dump_dir={args.dump_dir} is of {kinds[had is None]} (in {folder}): give model.topk as"
+        " there to resume it, or another dump_dir to start a new run"
+    )
+
+
+def _changes(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in the checkpoint, value now) of what differs; keys of one only count not."""
+    saved, wanted = _leaves(saved), _leaves(wanted)
+    for key, new in wanted.items():
+        old = saved.get(key, new)
+        if key in PATHS and old and new and Path(old).resolve() == Path(new).resolve():
+            continue
+        if key not in FILLED_IN and old != new:
+            yield key, old, new
+
+
+def _may_change(key: str) -> bool:
+    within = any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    return within and key not in MAY_NOT_CHANGE_ALTHOUGH
+
+
+def _leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"topk": {"k": 4}} as {"topk.k": 4}; the sources of the data stay one value."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        key = prefix + name
+        if isinstance(value, dict) and value and key != "data.sources":
+            found.update(_leaves(value, f"{key}."))
+        else:
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def log_start(args: TopKTrainArgs, changes: list[str]) -> None:
+    """Say in the log what is not as it was, or as one might think."""
+    for change in changes:
+        logger.info("changed since the checkpoint: %s", change)
+    if args.model.topk is not None and any(change.startswith("steps:") for change in changes):
+        logger.warning(
+            "with steps=%d the learning rate and alpha of the steps to come are those of a run of"
+            " that length: alpha is 0 from step %d on",
+            args.steps, round(args.steps * args.model.topk.anneal_ratio),
+        )  # fmt: skip
+    if newest_params(args) is None and args.checkpoint.init_ckpt_path:
+        _log_kind_of_weights(args)
+
+
+def _log_kind_of_weights(args: TopKTrainArgs) -> None:
+    folder = Path(args.checkpoint.init_ckpt_path)
+    params = read_params(folder)
+    if params is None:
+        logger.warning("%s has no params.json that says of what model its weights are", folder)
+        return
+    had, has = params["model"].get("topk"), args.model.topk
+    if had is not None and has is None:
+        logger.warning(
+            "the initial weights in %s are of a TopK model (k=%s); this run makes a plain one of"
+            " them, since model.topk is not set", folder, had.get("k"),
+        )  # fmt: skip
+
+
+def trim_records(dump_dir: str | Path, step: int) -> None:
+    """Drop from the run's records what was written after `step`: it is done again.
+
+    Truncated in place, since a program may have the file open to append to.
+    """
+    if not get_is_master():
+        return
+    for name in RECORDS:
+        path = Path(dump_dir, name)
+        if path.is_file():
+            end = _end_of(path, step)
+            if end < path.stat().st_size:
+                logger.info(
+                    "%s: lines after step %d dropped; those steps are done again", name, step
+                )
+                os.truncate(path, end)
+
+
+def _end_of(path: Path, step: int) -> int:
+    """The byte after the last line that belongs to `step` or before, half-written ones not."""
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or _is_after(line, step):
+                break
+            end += len(line)
+    return end
+
+
+def _is_after(line: bytes, step: int) -> bool:
+    try:
+        content = json.loads(line)
+        at = (int(content["global_step"]), int(content.get("acc_step", 0)))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False  # not ours; it stays
+    return at > (step, 0)
