@@ -87,6 +87,22 @@ class AnnealingScheduler(ResumableScheduler):
                     counted.copy_(torch.tensor(saved))
         self.handle.alpha = self.used_alpha = self._alpha()
 
+    def state_dict_of_others(
+        self, states: list[dict[str, Any]], rank: int, size: int
+    ) -> dict[str, Any]:
+        """One state for process `rank` of `size`, from those of all that ran before.
+
+        Idle time is counted in a process's own tokens: the least, times their number, is
+        shared out anew. What was counted since the last log line goes to the first process.
+        """
+        topk: dict[str, dict[str, list[int]]] = {"idle": {}, "counts": {}}
+        for i in states[0].get("topk", {}).get("idle", {}):
+            idle = torch.tensor([state["topk"]["idle"][i] for state in states])  # [P, D]
+            topk["idle"][i] = (idle.amin(dim=0) * len(states) // size).tolist()
+            counts = torch.tensor([state["topk"]["counts"][i] for state in states])  # [P, 2]
+            topk["counts"][i] = (counts.sum(dim=0) * (rank == 0)).tolist()
+        return {**states[0], "topk": topk}
+
     def metrics(self) -> dict[str, float]:
         """`topk/*` over all processes since the last call. All of them must call it.
 

@@ -62,6 +62,7 @@ class Seam:
             ]
         for module, name, _ in self.replacements:
             _lookup(module, name)
+        _lookup(train_module, "train")  # what all this is for
 
     def build_optimizer(self, model, args, n_steps):
         """The host's optimizer; a TopK model's scheduler also drives alpha.

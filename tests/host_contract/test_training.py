@@ -134,26 +134,44 @@ def test_a_run_goes_on_in_the_other_host(corpus, tmp_path, first, second, topk):
     assert_same(read_metrics(halves), read_metrics(whole)[10:])
 
 
-def test_a_signal_saves_and_a_restart_goes_on(corpus, tmp_path, lingua_run):
-    """SIGUSR2 outside SLURM makes Lingua end with an error after it has saved."""
-    words, environment = command(
-        "lingua", corpus, tmp_path / "run", "checkpoint.dump.every=1000", processes=0
-    )
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_a_whole_step(corpus, tmp_path, lingua_run, number):
+    """Lingua alone hears SIGUSR2 only, saves in mid-accumulation, and wants SLURM then."""
+    often = ["checkpoint.dump.every=1000", "data.batch_size=2", "grad_acc_steps=2"]
+    words, environment = command("lingua", corpus, tmp_path / "run", *often, processes=0)
     started = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     for line in started.stdout:
         if b"step: 5 " in line:
-            started.send_signal(signal.SIGUSR2)
+            started.send_signal(number)
             break
     started.stdout.read()
-    started.wait(timeout=60)
+    assert started.wait(timeout=60) == 0
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(saved) == 1 and 5 <= saved[0] < STEPS
-    before = read_metrics(tmp_path / "run")
-    train("lingua", corpus, tmp_path / "run", "checkpoint.dump.every=1000")
-    after = read_metrics(tmp_path / "run")[len(before) :]
-    assert_same(after, read_metrics(lingua_run[0])[saved[0] :])
+    state = tmp_path / "run/checkpoints" / f"{saved[0]:010d}" / "train_state_00000.json"
+    assert json.loads(state.read_text(encoding="utf-8"))["acc_step"] == 0
+    train("lingua", corpus, tmp_path / "run", *often)
+    train("lingua", corpus, tmp_path / "whole", *often)
+    assert_same(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole"))
+
+
+def test_a_signal_to_one_process_ends_both(corpus, tmp_path):
+    words, environment = command("lingua", corpus, tmp_path / "run", processes=2)
+    started = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    for line in started.stdout:
+        if b"step: 5 " in line:
+            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text()
+            os.kill(int(children.split()[0]), signal.SIGUSR2)
+            break
+    started.stdout.read()
+    assert started.wait(timeout=60) == 0
+    saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 5 <= saved < STEPS
+    assert len(list((tmp_path / "run/checkpoints" / f"{saved:010d}").glob("train_state_*"))) == 2
 
 
 def test_two_processes_count_the_neurons_of_both(corpus, tmp_path, embedded_run):

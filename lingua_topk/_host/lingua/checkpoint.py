@@ -1,11 +1,12 @@
 """Checkpoints by torch.distributed.checkpoint, in Lingua's layout.
 
     <path>/<step, 10 digits>/.metadata  *.distcp  params.json  train_state_<dp_rank>.json
+                            /manifest.json
                             /consolidated/consolidated.pth  params.json
 
 A checkpoint is written into a hidden folder beside its place and renamed when all of
 it is there, and renamed back before it is deleted: a folder with a checkpoint's name is a
-whole checkpoint.
+whole checkpoint. Whether it still is when a run goes on from it, its manifest tells.
 """
 
 import json
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from lingua._manifest import MANIFEST_NAME, describe_checkpoint, find_damage
 from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
 
@@ -259,6 +261,7 @@ class CheckpointManager:
                 f"checkpoint.path={self.path} is not a folder: create it, or use"
                 " instantiate_and_make_dir"
             )
+        self._damaged: set[Path] = set()  # those that were found to be, and are written anew
         self.existing_saves = self.get_existing_saves()
 
     @classmethod
@@ -267,6 +270,7 @@ class CheckpointManager:
         if get_is_master():
             Path(args.path).mkdir(parents=True, exist_ok=True)
             for partial in Path(args.path).glob(f"{PARTIAL_PREFIX}*"):
+                logger.warning("removing %s, which a run left that was interrupted", partial)
                 shutil.rmtree(partial, ignore_errors=True)
         _barrier()
         return cls(args)
@@ -274,7 +278,8 @@ class CheckpointManager:
     def get_existing_saves(self) -> list[Path]:
         """The whole checkpoints, oldest first. Anything else in the folder is left alone."""
         folders = (path for path in self.path.iterdir() if RE_FOLDER.fullmatch(path.name))
-        return sorted((path for path in folders if is_checkpoint(path)), key=_step)
+        whole = (path for path in folders if is_checkpoint(path) and path not in self._damaged)
+        return sorted(whole, key=_step)
 
     def clean_up(self) -> None:
         """Delete what neither `dump.keep` nor `eval.keep` keeps; steps of neither stay."""
@@ -321,7 +326,8 @@ class CheckpointManager:
         """
         rank, size = data_parallel_rank(device_mesh)
         folder = self.path / FOLDER_NAME.format(train_state.step)
-        if _from_master(is_checkpoint(folder) and _n_train_states(folder) == size):
+        is_there = folder in self.existing_saves and _n_train_states(folder) == size
+        if _from_master(is_there):
             return True
         partial = _partial(folder)
         if get_is_master():
@@ -334,11 +340,14 @@ class CheckpointManager:
             _write_json(partial / CONFIG_NAME, asdict(config))
         _write_json(partial / TRAIN_STATE_NAME.format(rank), train_state.state_dict())
         _barrier()
+        manifest = {"files": describe_checkpoint(partial)}
         if get_is_master():
+            _write_json(partial / MANIFEST_NAME, manifest)
             _sync_folder(partial)
             partial.rename(folder)
             _sync_folder(self.path)
         _barrier()
+        self._damaged.discard(folder)
         logger.info("saved %s", folder)
         # One listing for all: that of another node's file system may be a little older.
         self.existing_saves = _from_master(self.get_existing_saves())
@@ -353,21 +362,60 @@ class CheckpointManager:
         device_mesh: DeviceMesh,
         path: str | Path | None = None,
     ) -> bool:
-        """Resume from `path` or the newest checkpoint; False where there is none.
+        """Resume from `path` or the newest whole checkpoint; False where there is none.
 
         Rank 0 chooses the folder for all. Weights, the optimizer's memory and train state
-        come from it; the learning rate follows the scheduler's restored state.
+        come from it; the learning rate follows the scheduler's restored state. Another
+        number of processes goes on from places in the data that are logged.
         """
         rank, size = data_parallel_rank(device_mesh)
-        folder = _from_master(Path(path) if path else self.get_last_step_path())
+        folder = self._checked(Path(path)) if path else self._newest_whole()
         if folder is None:
             return False
-        check_train_states(folder, size)
+        n_states = check_train_states(folder)
         logger.info("resuming from %s", folder)
-        state = _read_json(folder / TRAIN_STATE_NAME.format(rank))
-        load_from_checkpoint(folder, model, optimizer)
-        train_state.load_state_dict(state)
+        names = [TRAIN_STATE_NAME.format(i) for i in range(n_states)]
+        if n_states == size:
+            state = _read_json(folder / names[rank])
+            load_from_checkpoint(folder, model, optimizer)
+            train_state.load_state_dict(state)
+        else:
+            states = [_read_json(folder / name) for name in names]
+            load_from_checkpoint(folder, model, optimizer)
+            logger.warning("saved by %d processes that read data, resumed by %d", n_states, size)
+            train_state.load_state_dicts_of_others(states, rank, size)
         return True
+
+    def _checked(self, folder: Path) -> Path:
+        check_train_states(folder)
+        damage = find_damage(folder)
+        if damage:
+            raise CheckpointError(f"{folder} is damaged: {damage}: resume from another checkpoint")
+        return folder
+
+    def _newest_whole(self) -> Path | None:
+        """Newest first, until one is as it was written. CheckpointError where none is.
+
+        A damaged one is left where it is, and replaced when the run gets there again.
+        """
+        candidates = [
+            folder
+            for folder in reversed(_from_master(self.existing_saves))
+            if _from_master(_n_train_states(folder) > 0)
+        ]
+        for folder in candidates:
+            damage = find_damage(folder)
+            if damage is None:
+                return folder
+            logger.warning("%s is damaged and passed over: %s", folder, damage)
+            self._damaged.add(folder)
+            self.existing_saves = [one for one in self.existing_saves if one != folder]
+        if candidates:
+            raise CheckpointError(
+                f"checkpoint.path={self.path} holds {len(candidates)} checkpoints and none is whole"
+                f" ({damage}, in the oldest): put one back, or move the folder away to begin anew"
+            )
+        return None
 
 
 def _partial(folder: Path) -> Path:
@@ -385,20 +433,15 @@ def _remove(folder: Path) -> None:
         logger.warning("%s could not be removed: %s", folder, error)
 
 
-def check_train_states(folder: Path, size: int) -> None:
-    """CheckpointError unless `size` processes saved it: each has its own place in the data."""
+def check_train_states(folder: Path) -> int:
+    """How many processes saved it, each its own place in the data. CheckpointError for none."""
     saved = _n_train_states(folder)
     if saved == 0:
         raise CheckpointError(
             f"{folder} holds no {TRAIN_STATE_NAME.format(0)}, so nothing can be resumed from it:"
             " give a folder such as dump_dir/checkpoints/0000001000"
         )
-    if saved != size:
-        raise CheckpointError(
-            f"{folder} was saved by {saved} data-parallel processes, this run has {size}: start it"
-            f" with {saved}, or begin a new run from its weights with"
-            f" checkpoint.init_ckpt_path={folder}"
-        )
+    return saved
 
 
 def _n_train_states(folder: Path) -> int:

@@ -11,7 +11,6 @@ from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
     check_fits,
-    check_train_states,
 )
 from lingua.data import init_dataloader_state_from_args
 from lingua.distributed import get_world_size, validate_distributed_args
@@ -101,7 +100,6 @@ def validate_checkpoints(args: "TrainArgs", model: nn.Module) -> None:
         if args.checkpoint.init_ckpt_path:
             _validate_initial_weights(args, model)
         return
-    check_train_states(newest, get_world_size())
     try:
         saved = json.loads((newest / "params.json").read_text(encoding="utf-8"))["model"]
         saved = _leaves(saved)

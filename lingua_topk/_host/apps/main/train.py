@@ -36,6 +36,7 @@ from apps.main.transformer import (
     get_num_flop_per_token,
     tp_parallelize,
 )
+from lingua._reshare import reshare
 from lingua.args import dataclass_from_dict, dump_config
 from lingua.checkpoint import (
     CheckpointArgs,
@@ -130,6 +131,22 @@ class TrainState:
         groups = self.scheduler.optimizer.param_groups
         for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
+
+    def load_state_dicts_of_others(self, states: list[dict[str, Any]], rank: int, size: int):
+        """Go on as process `rank` of `size`, after as many others as there are `states`."""
+        loaders = [state["data_loader_state"] for state in states]
+        step, scheduler = states[0]["step"], states[0]["scheduler"]
+        if hasattr(self.scheduler, "state_dict_of_others"):  # where it counts something a process
+            schedulers = [state["scheduler"] for state in states]
+            scheduler = self.scheduler.state_dict_of_others(schedulers, rank, size)
+        self.load_state_dict(
+            {
+                "step": step,
+                "acc_step": 0,
+                "data_loader_state": reshare(loaders, self.data_loader_state, rank, step),
+                "scheduler": scheduler,
+            }
+        )
 
 
 preemption_flag = {"flag": False, "requeue": False}

@@ -1,0 +1,131 @@
+"""Whether a checkpoint is what was saved: its files, their sizes and checksums.
+
+manifest.json, written last, is {"files": {name: {"bytes": int, "sha256": hex}}}. A checkpoint
+that Meta Lingua wrote has none; there the index of torch.distributed.checkpoint says how
+long each file must at least be.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+MANIFEST_NAME = "manifest.json"
+_BLOCK = 1 << 22  # bytes
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files in `folder`, by name."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in names
+    }
+
+
+def describe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
+    """The entries of all files, on every rank, each file read by one rank. All ranks call it."""
+    rank, size = _rank_and_size()
+    names = _from_first(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    described: dict[str, dict[str, Any]] = {}
+    for part in _gathered(describe_files(folder, names[rank::size])):
+        described.update(part)
+    return dict(sorted(described.items()))
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. All ranks call it and get the same answer."""
+    rank, size = _rank_and_size()
+    problem, files = _from_first(_expected_files(folder) if rank == 0 else None)
+    if problem is None:
+        own = dict(sorted(files.items())[rank::size])
+        problem = next(filter(None, _gathered(_first_difference(folder, own))), None)
+    return problem
+
+
+def _expected_files(folder: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """(what is wrong already, or None; what each file should be)."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return _index_damage(folder), {}
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            if (
+                Path(name).name != name
+                or not isinstance(entry["bytes"], int)
+                or not entry["sha256"]
+            ):
+                return f"{MANIFEST_NAME} lists what is no file of it", {}
+        return None, files
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST_NAME} cannot be read ({error})", {}
+
+
+def _first_difference(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes and should have {entry['bytes']}"
+        try:
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} is not as it was written (by its checksum)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _index_damage(folder: Path) -> str | None:
+    """Whether a file that the index names is absent or too short."""
+    try:
+        index = dcp.FileSystemReader(folder).read_metadata()
+        ends: dict[str, int] = {}
+        for entry in index.storage_data.values():
+            end = entry.offset + entry.length
+            ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
+    except Exception as error:  # it is a pickle: broken ones raise anything
+        return f".metadata cannot be read ({error})"
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < end:
+            return f"{name} has {path.stat().st_size} bytes and should have {end}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if _rank_and_size()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in order, on every rank."""
+    size = _rank_and_size()[1]
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
