@@ -15,6 +15,7 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from apps.topk.cli import one_line
+from apps.topk.manifest import find_damage
 from apps.topk.model import TopKTransformer, TopKTransformerArgs
 from lingua.args import dataclass_from_dict
 from lingua.checkpoint import load_from_checkpoint
@@ -117,7 +118,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The checkpoint in `folder`. CheckpointError where there is none, or not a whole one."""
+    """The checkpoint in `folder`. CheckpointError where there is none, or not a whole one.
+
+    Under torchrun every process calls it, and reads a part of the files to see if they are
+    as they were written.
+    """
     folder = Path(folder)
     if not str(folder) or not folder.is_dir():
         raise CheckpointError(
@@ -130,6 +135,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f" the folder of one checkpoint{_example(folder)}"
         )
     params = _read_params(folder / CONFIG_NAME)
+    damage = find_damage(folder)
+    if damage:
+        raise CheckpointError(f"ckpt_dir={folder} is damaged: {damage}: use another checkpoint")
     return Checkpoint(
         folder=folder, params=params, model_args=_model_args(folder, params), step=_step(folder)
     )

@@ -15,6 +15,7 @@ from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.corpus.local_files import LocalFiles
 from apps.topk.corpus.tally import Tally
 from apps.topk.provenance import provenance, write_json
+from apps.topk.records import trim_records
 from apps.topk.validation import measures, negative_log_likelihoods, tokenised
 from lingua.distributed import (
     DistributedArgs,
@@ -235,14 +236,21 @@ def _write(
         checkpoint=str(checkpoint.folder), step=checkpoint.step, dtype=dtype,
         processes=get_world_size(), args=args.__dict__ | {"validation": args.validation.__dict__},
     )  # fmt: skip
-    write_json(Path(args.dump_dir, "validation.json"), {**results, PROVENANCE: origin})
     if args.metric_log_dir:
-        line = {"created_at": datetime.now(timezone.utc).isoformat(), **results}
-        if args.global_step is not None:
-            line["global_step"] = args.global_step
-        path = Path(args.metric_log_dir, "metrics.validation.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(Path(args.metric_log_dir, "metrics.validation.jsonl"), results, args.global_step)
+    # Last, since whether it is there tells whether all is done.
+    write_json(Path(args.dump_dir, "validation.json"), {**results, PROVENANCE: origin})
+
+
+def _append(path: Path, results: dict[str, dict[str, Any]], step: int | None) -> None:
+    """A line of metrics.validation.jsonl; an evaluation that is done again replaces its own."""
+    line = {"created_at": datetime.now(timezone.utc).isoformat(), **results}
+    if step is not None:
+        line["global_step"] = step
+    if path.is_file() and step is not None:
+        trim_records(path.parent, step - 1, [path.name])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:

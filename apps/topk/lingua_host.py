@@ -5,8 +5,11 @@ Nothing here has an effect on the embedded host. The table in the README lists t
 """
 
 import importlib.util
+import json
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -84,7 +87,10 @@ def validate(args: Any) -> None:
 
     args: the training arguments.
     """
-    if not is_lingua() or args.eval is None:
+    if not is_lingua():
+        return
+    _validate_processes(args)
+    if args.eval is None:
         return
     if args.async_eval_gpus is not None:
         raise ConfigError(
@@ -99,6 +105,75 @@ def validate(args: Any) -> None:
             f" checkpoint.dump.every={every.dump.every} or"
             f" checkpoint.eval.every={every.eval.every}"
         )
+
+
+def _validate_processes(args: Any) -> None:
+    """Lingua goes on with any number, each from the newest checkpoint that it has a part in."""
+    from lingua.distributed import get_world_size
+
+    whole = [folder for folder in _checkpoints(args) if _damage(folder) is None]
+    if whole and _n_writers(whole[-1]) != get_world_size():
+        raise ConfigError(
+            f"{whole[-1]} was saved by {_n_writers(whole[-1])} processes, and this run has"
+            f" {get_world_size()}: Meta Lingua would give some of them other weights; start as"
+            f" many, or set {host.HOST_VARIABLE}=embedded, which goes on with any number"
+        )
+
+
+def _checkpoints(args: Any) -> list[Path]:
+    """What Lingua takes for checkpoints of the run, oldest first."""
+    folder = Path(args.checkpoint.path or Path(args.dump_dir, "checkpoints"))
+    found = (path for path in folder.glob("*") if re.fullmatch(r"\d{10,}", path.name))
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _n_writers(folder: Path) -> int:
+    """How many processes wrote a checkpoint; each has a file of its own in it."""
+    names = (re.fullmatch(r"__(\d+)_\d+\.distcp", path.name) for path in folder.iterdir())
+    return max((int(name[1]) + 1 for name in names if name), default=0)
+
+
+def set_aside_damaged(args: Any) -> None:
+    """Rename checkpoints that a kill left half-written; every process calls it.
+
+    Lingua writes them in place, and each process looks for itself which is the newest: one
+    that lacks a file would have the processes go on from different steps.
+    """
+    if not is_lingua():
+        return
+    import torch.distributed as dist
+
+    from lingua.distributed import get_is_master
+
+    if get_is_master():
+        for folder in _checkpoints(args):
+            problem = _damage(folder, args.distributed.tp_size)
+            if problem:
+                aside = folder.with_name(f"damaged_{folder.name}")
+                logger.warning("%s is set aside as %s: %s", folder, aside.name, problem)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _damage(folder: Path, tp_size: int = 1) -> str | None:
+    """What a checkpoint lacks, or None."""
+    for name in (".metadata", "params.json"):
+        if not (folder / name).is_file():
+            return f"it has no {name}"
+    states = list(folder.glob("train_state_*.json"))
+    expected = _n_writers(folder) // max(tp_size, 1)
+    if len(states) < expected:
+        return f"it has {len(states)} of {expected} train_state files"
+    for path in (folder / "params.json", *states):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{path.name} cannot be read"
+    from apps.topk.manifest import damage_by_index
+
+    return damage_by_index(folder)
 
 
 class Stops(dict):

@@ -1,15 +1,13 @@
-"""A run that goes on: what may have changed since its checkpoint, and its records as of then."""
+"""A run that goes on: what may have changed since its checkpoint, and what may not."""
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from apps.topk.model import TopKTrainArgs
-from lingua.distributed import get_is_master
 from lingua_topk.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ MAY_NOT_CHANGE_ALTHOUGH = ("distributed.model_dtype",)  # within a section that 
 PATHS = ("data.root_dir", "data.tokenizer.path")
 # The host fills these in: from the tokenizer, and from data.seq_len.
 FILLED_IN = ("model.vocab_size", "model.max_seqlen")
-RECORDS = ("metrics.jsonl", "metrics.validation.jsonl", "metrics.eval.jsonl")
 
 
 def checkpoint_folder(args: TopKTrainArgs) -> Path:
@@ -151,41 +148,3 @@ def _log_kind_of_weights(args: TopKTrainArgs) -> None:
             "the initial weights in %s are of a TopK model (k=%s); this run makes a plain one of"
             " them, since model.topk is not set", folder, had.get("k"),
         )  # fmt: skip
-
-
-def trim_records(dump_dir: str | Path, step: int) -> None:
-    """Drop from the run's records what was written after `step`: it is done again.
-
-    Truncated in place, since a program may have the file open to append to.
-    """
-    if not get_is_master():
-        return
-    for name in RECORDS:
-        path = Path(dump_dir, name)
-        if path.is_file():
-            end = _end_of(path, step)
-            if end < path.stat().st_size:
-                logger.info(
-                    "%s: lines after step %d dropped; those steps are done again", name, step
-                )
-                os.truncate(path, end)
-
-
-def _end_of(path: Path, step: int) -> int:
-    """The byte after the last line that belongs to `step` or before, half-written ones not."""
-    end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or _is_after(line, step):
-                break
-            end += len(line)
-    return end
-
-
-def _is_after(line: bytes, step: int) -> bool:
-    try:
-        content = json.loads(line)
-        at = (int(content["global_step"]), int(content.get("acc_step", 0)))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return False  # not ours; it stays
-    return at > (step, 0)

@@ -15,6 +15,7 @@ from apps.topk import cli, lingua_host, resume
 from apps.topk.eval import EvalArgs, ValidationArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
 from apps.topk.provenance import provenance, write_json
+from apps.topk.records import trim_records
 from apps.topk.seam import install
 from lingua.distributed import get_is_master, get_world_size
 from lingua_topk import TopKArgs
@@ -59,14 +60,15 @@ def train(args: TopKTrainArgs) -> None:
 def _started(args: TopKTrainArgs, changes: list[str]) -> None:
     """The run is certain, and nothing of it is loaded yet."""
     lingua_host.log_supplied()
+    lingua_host.set_aside_damaged(args)
     resume.log_start(args, changes)
     if resume.newest_params(args) is None:
-        resume.trim_records(args.dump_dir, 0)
+        trim_records(args.dump_dir, 0)
     _write_provenance(args)
 
 
 def _resumed(args: TopKTrainArgs, step: int) -> None:
-    resume.trim_records(args.dump_dir, step)
+    trim_records(args.dump_dir, step)
 
 
 def _write_provenance(args: TopKTrainArgs) -> None:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from apps.topk import resume
+from apps.topk.records import trim_records
 from apps.topk.train import train
 from lingua_topk.errors import ConfigError
 from tests.apps.test_train import undisturbed  # noqa: F401  (a fixture)
@@ -147,7 +148,7 @@ def test_lines_after_a_step_are_dropped(tmp_path, lines, step, kept):
     path = tmp_path / "metrics.jsonl"
     text = [json.dumps(line) + "\n" for line in lines]
     path.write_text("".join(text) + '{"global_step": 1, "cut', encoding="utf-8")
-    resume.trim_records(tmp_path, step)
+    trim_records(tmp_path, step)
     assert path.read_text(encoding="utf-8") == "".join(text[:kept])
 
 

@@ -1,6 +1,7 @@
 """Two processes and one, fed the same global batches, train the same model."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.apps.tiny import write_config, write_corpus
+from tests.apps.tiny import read_metrics, write_config, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -104,6 +105,27 @@ def test_two_processes_train_with_the_loader_and_resume(corpus, tmp_path):
     assert "resuming from" in again.stdout
     steps = sorted(path.name for path in (tmp_path / "run" / "evals").iterdir())
     assert steps == ["0000000010", "0000000012"]
+
+
+def test_another_number_of_processes_goes_on(corpus, tmp_path):
+    """From two to one and to two again; the log says where in the data."""
+    config = write_config(tmp_path / "config.yaml")
+    command = [
+        "apps.topk.train", f"config={config}", f"data.root_dir={corpus}",
+        f"dump_dir={tmp_path}/run", "checkpoint.dump.every=2", "data.prefetch_size=1",
+    ]  # fmt: skip
+    for processes, steps in ((2, 4), (1, 8), (2, 10)):
+        launcher = [*TORCHRUN, 2, "-m"] if processes == 2 else []
+        done = python(*launcher, *command, f"steps={steps}")
+        assert done.returncode == 0, done.stderr[-4000:]
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["global_step"] for line in metrics] == list(range(1, 11))
+    log = (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    assert "saved by 2 processes that read data, resumed by 1" in log
+    assert "saved by 1 processes that read data, resumed by 2" in log
+    assert log.count("data of text: text.chunk.00.jsonl goes on at line") == 2
+    places = re.findall(r"goes on at line (\d+) of pass (\d+)", log)
+    assert [int(line) > 1 or int(passes) > 1 for line, passes in places] == [True, True]
 
 
 def test_a_mistake_gives_one_line_from_one_process(corpus, tmp_path):

@@ -300,7 +300,7 @@ def train(args: TrainArgs) -> None:
     if newest is not None and int(newest.name) >= args.steps:
         init_logger(dump_dir / "train.log")
         logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
-        _evaluate_if_missing(args, newest)
+        _finish(args, newest)
         return
     if get_is_master():
         _write_config(args, dump_dir)
@@ -357,6 +357,8 @@ class _Speed:
 
 def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tqdm) -> None:
     args, state = run.args, run.state
+    if state.step > 0 and _is_eval_step(args, state):
+        _evaluate_if_missing(args, run.checkpoint.existing_saves[-1])
     run.model.train()
     speed = _Speed()
     losses: list[Tensor] = []
@@ -525,12 +527,18 @@ def _eval_folder(args: TrainArgs, checkpoint: Path) -> Path:
 
 
 def _evaluate_if_missing(args: TrainArgs, checkpoint: Path) -> None:
-    """The last evaluation of a finished run, where something ended the run within it."""
+    """The evaluation of a checkpoint, where something ended the run before it or within it."""
     if args.eval is None or (_eval_folder(args, checkpoint) / "validation.json").is_file():
         return
-    logger.info("the evaluation of its last checkpoint is missing: doing it now")
-    setup_torch_distributed(args.distributed)
+    logger.info("the evaluation of %s is missing: doing it now", checkpoint)
     evaluate(args, checkpoint)
+
+
+def _finish(args: TrainArgs, newest: Path) -> None:
+    """What a run that has done its steps still lacks, where it was killed after the last."""
+    setup_torch_distributed(args.distributed)
+    CheckpointManager.instantiate_and_make_dir(args.checkpoint).clean_up()
+    _evaluate_if_missing(args, newest)
 
 
 def main() -> None:

@@ -1,0 +1,51 @@
+"""metrics.jsonl and the like: one JSON object a line, each step once."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lingua.distributed import get_is_master
+
+logger = logging.getLogger(__name__)
+
+RECORDS = ("metrics.jsonl", "metrics.validation.jsonl", "metrics.eval.jsonl")
+
+
+def trim_records(dump_dir: str | Path, step: int, names: Sequence[str] = RECORDS) -> None:
+    """Drop from a run's records what was written after `step`: it is done again.
+
+    Truncated in place, since a program may have the file open to append to.
+    """
+    if not get_is_master():
+        return
+    for name in names:
+        path = Path(dump_dir, name)
+        if path.is_file():
+            end = _end_of(path, step)
+            if end < path.stat().st_size:
+                logger.info(
+                    "%s: lines after step %d dropped; those steps are done again", name, step
+                )
+                os.truncate(path, end)
+
+
+def _end_of(path: Path, step: int) -> int:
+    """The byte after the last line that belongs to `step` or before, half-written ones not."""
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or _is_after(line, step):
+                break
+            end += len(line)
+    return end
+
+
+def _is_after(line: bytes, step: int) -> bool:
+    try:
+        content = json.loads(line)
+        at = (int(content["global_step"]), int(content.get("acc_step", 0)))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False  # not ours; it stays
+    return at > (step, 0)
