@@ -8,6 +8,7 @@ folder in front of `apps.__path__`.
 """
 
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -115,14 +116,11 @@ def leave_copied_code() -> None:
     """In a job of stool, go back to where it was submitted: paths mean what they meant there.
 
     The code is imported from the copy all the same, which the interpreter has put on its path
-    when it started. Child processes get the host by name, since they look from another folder.
+    when it started.
     """
     before = submitted_from(os.environ, Path.cwd())
-    if before is None:
-        return
-    if _bound is not None and _bound.kind == "lingua":
-        os.environ[HOME_VARIABLE] = str(_bound.root)
-    os.chdir(before)
+    if before is not None:
+        os.chdir(before)
 
 
 def _missing(root: Path) -> list[str]:
@@ -159,7 +157,41 @@ def bind(apps_path: MutableSequence[str], host: Host | None = None) -> Host:
     _bind_lingua(host)
     _bind_apps_main(host, apps_path)
     _bound = host
+    _name_to_workers(host)
     return host
+
+
+def _name_to_workers(host: Host) -> None:
+    """Processes that this one starts from here on bind `host`, and before anything else of it.
+
+    Where their main module imports `apps`, by the environment: they may look from another
+    folder. Where it does not (a notebook, a script that imports when it is run), by what every
+    process object takes along: it is unpickled before the target, which may be lingua's.
+    """
+    _name_in_environment(host)
+    multiprocessing.current_process()._config["lingua_topk.host"] = _Binding(host)
+
+
+def _name_in_environment(host: Host) -> None:
+    os.environ[HOST_VARIABLE] = host.kind
+    if host.kind == "lingua":
+        os.environ[HOME_VARIABLE] = str(host.root)
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """Binds `host` in the process in which it is unpickled."""
+
+    host: Host
+
+    def __reduce__(self):
+        return _bind_in_worker, (self.host,)
+
+
+def _bind_in_worker(host: Host) -> _Binding:
+    _name_in_environment(host)  # the environment of a fork server may be older than the choice
+    bind(importlib.import_module("apps").__path__, host)
+    return _Binding(host)
 
 
 def _bind_apps_main(host: Host, apps_path: MutableSequence[str]) -> None:

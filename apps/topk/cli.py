@@ -142,8 +142,17 @@ def _explain(error: Exception, config: DictConfig, layer: DictConfig, origin: st
     node = OmegaConf.select(config, parent) if parent else config
     known = [str(k) for k in node] if isinstance(node, DictConfig) else []
     if known and re.sub(r"\[\d+\]$", "", name) not in known:
-        return f"{key} (in {origin}) is no known key: {nearest(name, known)}"
+        elsewhere = _same_name_elsewhere(config, name)
+        hint = f"did you mean {elsewhere}?" if elsewhere else nearest(name, known)
+        return f"{key} (in {origin}) is no known key: {hint}"
     return f"{key} (in {origin}): {one_line(str(error).splitlines()[0])}"
+
+
+def _same_name_elsewhere(config: DictConfig, name: str) -> str | None:
+    """The one key of that name in another section, as `optim.lr` for `lr`; None for several."""
+    keys = [".".join(path) for path, _ in _leaves(OmegaConf.to_container(config))]
+    found = [key for key in keys if key.rpartition(".")[2] == name]
+    return found[0] if len(found) == 1 else None
 
 
 def _culprit(config: DictConfig, layer: DictConfig) -> str:

@@ -132,6 +132,12 @@ def log_start(args: TopKTrainArgs, changes: list[str]) -> None:
             " that length: alpha is 0 from step %d on",
             args.steps, round(args.steps * args.model.topk.anneal_ratio),
         )  # fmt: skip
+    topk = args.model.topk
+    if topk is not None and topk.site == "residual" and topk.k >= args.model.dim:
+        logger.warning(
+            "model.topk.k=%d is not below model.dim=%d: every component survives, and the model is"
+            " a plain one with an activation at the end of its blocks", topk.k, args.model.dim,
+        )  # fmt: skip
     if newest_params(args) is None and args.checkpoint.init_ckpt_path:
         _log_kind_of_weights(args)
 

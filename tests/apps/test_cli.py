@@ -51,6 +51,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
     ("argument", "message"),
     [
         ("stepz=3", "stepz (in the command line) is no known key: did you mean steps?"),
+        ("rate=3", "rate (in the command line) is no known key: did you mean inner.rate?"),
         ("inner.zzz=3", "allowed are rate, weights"),
         ("steps=ten", "steps (in the command line): Value 'ten' of type 'str' could not be"),
         ("inner=3", "inner (in the command line) has the wrong form"),
@@ -211,7 +212,10 @@ def test_a_mistake_ends_training_before_anything_is_written(
             cli.run(train.main)
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ") and message in line
+        assert line.startswith("error: ")
+        assert message in line or (
+            dump_dir == root / "run" and f", but the run in dump_dir={dump_dir} has " in line
+        )
     assert not (tmp_path / "new").exists()
     assert contents(root / "run") == before
 
@@ -229,7 +233,7 @@ def test_another_model_is_not_trained_on_in_the_folder_of_a_run(
     with pytest.raises(SystemExit) as ended:
         cli.run(train.main)
     assert ended.value.code == 2
-    assert "give that value to resume it, or another dump_dir" in capsys.readouterr().err
+    assert "to resume it, or another dump_dir to start a new run" in capsys.readouterr().err
     assert contents(root / "run") == before
 
 

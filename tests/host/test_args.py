@@ -127,7 +127,7 @@ def test_a_dump_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     def fail(handle):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lingua.args.os.fsync", fail)
+    monkeypatch.setattr("lingua._files.os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         dump_config(Outer(name="new"), path, log_config=False)
     assert load_config_file(path, Outer).name == "old"

@@ -1,6 +1,7 @@
 """lingua._shares: every line of a source has one reader, for any number of files and processes."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +95,48 @@ def test_other_files_hidden_ones_and_folders_are_no_chunks(tmp_path):
     assert find_and_sanitize_chunks(tmp_path, 4) == [str(tmp_path / "s.chunk.00.jsonl")]
     validation = find_and_sanitize_chunks(tmp_path, 4, "*.val.jsonl")
     assert validation == [str(tmp_path / "s.val.jsonl")]
+
+
+def test_a_link_to_a_file_is_a_chunk_and_one_to_a_folder_is_not(tmp_path):
+    write_source(tmp_path / "elsewhere", [3])
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "s.chunk.0.jsonl").symlink_to("../elsewhere/s.chunk.00.jsonl")
+    (tmp_path / "s" / "s.chunk.1.jsonl").symlink_to("../elsewhere")
+    assert epoch(distribute_data_to_rank(tmp_path / "s", 0, 1)) == ["0:0", "0:1", "0:2"]
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself", "pipe", "device"])
+def test_what_is_called_a_chunk_and_cannot_be_read_is_not_left_out_silently(tmp_path, kind):
+    write_source(tmp_path, [1])
+    path = tmp_path / "s.chunk.01.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        target = {"link to nothing": "gone", "link to itself": path.name, "device": "/dev/zero"}
+        path.symlink_to(target[kind])
+    reason = {
+        "link to nothing": "No such file or directory",
+        "link to itself": "Too many levels of symbolic links",
+    }.get(kind, "it is no regular file")
+    with pytest.raises(DataError, match=rf"{path} cannot be read \({reason}\): put a file there"):
+        distribute_data_to_rank(tmp_path, 0, 1)
+
+
+def test_a_folder_that_cannot_be_listed_says_why(tmp_path):
+    write_source(tmp_path / "s", [1])
+    (tmp_path / "s").chmod(0)
+    try:
+        if os.access(tmp_path / "s", os.R_OK):
+            pytest.skip("this user may list every folder")
+        with pytest.raises(DataError, match=r"that can be seen \(Permission denied\)"):
+            distribute_data_to_rank(tmp_path / "s", 0, 1)
+    finally:
+        (tmp_path / "s").chmod(0o700)
+
+
+def test_a_folder_that_is_gone_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"that can be seen \(No such file or directory\)"):
+        find_and_sanitize_chunks(tmp_path / "gone", 1)
 
 
 def test_a_folder_without_chunks_says_what_was_looked_for(tmp_path):

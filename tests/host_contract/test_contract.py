@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not HOME, reason="LINGUA_HOME names no checkout 
 
 MODULES = """
 lingua.args lingua.tokenizer lingua.data lingua.optim lingua.distributed lingua.checkpoint
-lingua.metrics lingua.logger lingua.profiling lingua.transformer
+lingua.metrics lingua.logger lingua.profiling lingua.transformer lingua.stool
 apps.main.transformer apps.main.train apps.main.eval
 """.split()
 
@@ -43,6 +43,9 @@ DIFFERENT = {
     "lingua.tokenizer.SentencePieceTokenizer": TEXT,
     "lingua.tokenizer.TikTokenTokenizer": TEXT,
     "lingua.data.distribute_data_to_rank": "the file pattern has a default",
+    "lingua.data.DataArgs": "max_malformed: the share of malformed lines that stops a run",
+    "apps.main.train.TrainArgs": "holds DataArgs",
+    "lingua.stool.StoolArgs": "dry_run: what would be submitted",
     "lingua.logger.LogFormatter": "one method where Lingua has four",
     "lingua.logger.init_logger": "level INFO: records of other libraries stay out",
     "apps.main.transformer.create_causal_mask": "takes a device as well",

@@ -2,11 +2,9 @@
 
 import atexit
 import contextlib
-import importlib
 import logging
 import logging.handlers
 import multiprocessing as mp
-import operator
 import pickle
 import signal
 import threading
@@ -101,28 +99,10 @@ class _ForwardedLogs(logging.handlers.QueueHandler):
         self.queue.put(record)
 
 
-class _Imported:
-    """Unpickles as the module called `name`, which it imports."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __reduce__(self):
-        return importlib.import_module, (self.name,)
-
-
-class _BoundFeedBuffer:
-    """`feed_buffer`; unpickles in a new process that does not know yet where `lingua` is.
-
-    Such a process imports the main module, which is a notebook or a script that knows
-    nothing of `lingua`, as likely as not. Importing `apps` binds it.
-    """
-
-    def __call__(self, *args) -> None:
-        feed_buffer(*args)
-
-    def __reduce__(self):
-        return operator.getitem, ((_Imported("apps.main"), feed_buffer), 1)
+def _feed_and_log(level: int, *args) -> None:
+    """`feed_buffer` where records of `level` are made; a new process makes warnings only."""
+    logging.getLogger().setLevel(level)
+    feed_buffer(*args)
 
 
 def feed_buffer(
@@ -197,7 +177,7 @@ def async_iterator(
         raise ConfigError(f"data.prefetch_size={buffer_size} is too small: give at least 1")
     queue, stop_event = BufferQueue(buffer_size), mp.Event()
     producer = mp.Process(
-        target=_BoundFeedBuffer(),
+        target=partial(_feed_and_log, logging.getLogger().level),
         args=(queue, stop_event, iterator_builder),
         name="data-loader",
         daemon=True,

@@ -1,29 +1,26 @@
 """Documents from JSON lines: one process's share of the files of a source, for ever.
 
-A line that cannot be used is passed over, counted and reported; a file that is mostly
-such lines, and a share without a single document, are DataErrors.
+A line that cannot be used is passed over, counted and reported; a file with too large a share
+of malformed lines, a share without a single document, and a file that is cut, replaced or
+taken away while it is read, are DataErrors.
 """
 
 import codecs
 import json
 import logging
-import os
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO, TypedDict
 
+from lingua._tally import MAX_MALFORMED_SHARE, Tally
+from lingua._watched import READ_BUFFER, WatchedFiles, changed, shown, unreadable
 from lingua.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# A file is refused once more than this share of the lines read are malformed; fewer lines
-# than MIN_LINES_TO_JUDGE are judged as if so many had been read.
-MAX_MALFORMED_SHARE = 0.1
-MIN_LINES_TO_JUDGE = 100
-# Skipped lines of a source that are reported one by one; the others are only counted.
-N_REPORTED_LINES = 5
-
 TEXT_KEYS = ("text", "content")  # in the order of preference
-_READ_BUFFER = 1 << 20  # bytes
+# A file without line ends, such as one large JSON array, would fill the memory.
+MAX_LINE_BYTES = 1 << 30  # no less than READ_BUFFER
 
 
 class JSONLPart(TypedDict):
@@ -51,21 +48,37 @@ class JSONLState(_OneFileState, total=False):
     The first five keys describe the part being read. A process with more than one part,
     or one with n_offsets > 1, has all of them in `parts` and the current one's index in
     `part`, and reads them in turn.
+
+    With `line` and `malformed` a resumed run judges a file by all lines of the pass, as the
+    uninterrupted one does; only a document that the tokenizer refused is missing in a state
+    from before the next line was read. In a state of Lingua both are absent, and the file is
+    judged by the lines from `position` on. How strict to be is a setting, and in no state.
     """
 
     line: int  # index of the line at `position`
+    malformed: int  # lines of this part and pass before `position`; absent for 0
+    size: int  # bytes of the file
     parts: list[JSONLPart]
     part: int
 
 
 class Document(dict):
-    """The JSON object of a line. Who finds it of no use says why in `rejected`."""
+    """The JSON object of a line. Who finds it of no use says so by `reject`."""
 
-    rejected: str | None = None
+    rejected: str | None = None  # why
+    malformed = False  # whether that counts as a malformed line
+
+    def reject(self, reason: str, malformed: bool = False) -> None:
+        """What stands before a colon in `reason` is its kind, by which documents are counted."""
+        self.rejected, self.malformed = reason, malformed
 
 
-class _MalformedLine(Exception):
-    """The reason why a line is no document."""
+class _UnusableLine(Exception):
+    """Its text is the reason why a line is no document."""
+
+    def __init__(self, reason: str, malformed: bool = True):
+        super().__init__(reason)
+        self.malformed = malformed
 
 
 def text_of(content: dict) -> str | None:
@@ -77,113 +90,91 @@ def text_of(content: dict) -> str | None:
 
 
 def _parse(line: bytes) -> Document:
+    line = line.rstrip()
+    if not line:
+        raise _UnusableLine("empty", malformed=False)
     try:
         content = json.loads(line.decode())
     except UnicodeDecodeError:
-        raise _MalformedLine("not UTF-8") from None
+        raise _UnusableLine("not UTF-8") from None
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
-        raise _MalformedLine(f"not JSON: {what} at column {error.colno}") from None
+        raise _UnusableLine(f"not JSON: {what} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
-        raise _MalformedLine(f"not JSON: {error}") from None
+        raise _UnusableLine(f"not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise _MalformedLine("not a JSON object")
+        raise _UnusableLine("not a JSON object")
     if text_of(content) is None:
-        raise _MalformedLine(f"no string under {' or '.join(map(repr, TEXT_KEYS))}")
+        raise _UnusableLine(f"no string under {' or '.join(map(repr, TEXT_KEYS))}")
     return Document(content)
 
 
-class _SkippedLines:
-    """Counts the lines of a share that are passed over, and reports them without a flood."""
-
-    def __init__(self):
-        self._n_reported = 0
-        self._files_done: set[str] = set()
-        self.first = ""  # the first skipped line and the reason
-
-    def start_file(self, path: str, numbered: bool) -> None:
-        """`numbered`: whether line numbers are known, or only byte positions."""
-        self._path, self._numbered = path, numbered
-        self._n_read = self._n_skipped = self._n_malformed = 0
-
-    def count_line(self) -> None:
-        self._n_read += 1
-
-    def skip(self, index: int, position: int, reason: str, malformed: bool = False) -> None:
-        place = f"line {index + 1}" if self._numbered else f"line before byte {position}"
-        self._n_skipped += 1
-        self.first = self.first or f"{self._path} {place}: {reason}"
-        if self._path not in self._files_done and self._n_reported < N_REPORTED_LINES:
-            self._n_reported += 1
-            logger.warning("skipped %s %s: %s", self._path, place, reason)
-        if malformed:
-            self._n_malformed += 1
-            self._judge()
-
-    def _judge(self) -> None:
-        if self._n_malformed > MAX_MALFORMED_SHARE * max(self._n_read, MIN_LINES_TO_JUDGE):
-            raise DataError(
-                f"{self._path}: {self._n_malformed} of the first {self._n_read} lines read are"
-                f" malformed, more than {MAX_MALFORMED_SHARE:.0%} (first of all: {self.first}):"
-                ' write one JSON object with a "text" a line'
-            )
-
-    def finish_file(self) -> None:
-        if self._n_skipped and self._path not in self._files_done:
-            logger.warning(
-                "%s: skipped %d of the %d lines read", self._path, self._n_skipped, self._n_read
-            )
-        self._files_done.add(self._path)
-
-
-def _open_at(path: str, position: int) -> BinaryIO:
-    """The file, at the beginning of a line. DataError if there is none at `position`."""
-    try:
-        file = open(path, "rb", buffering=_READ_BUFFER)  # noqa: SIM115  (the caller closes it)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}): put it back, or start a new run on the"
-            " files that are there"
-        ) from None
-    size = os.fstat(file.fileno()).st_size
-    file.seek(max(position - 1, 0))
-    at_line_start = position == 0 or file.read(1) == b"\n" or position == size
-    if position > size or not at_line_start:
-        file.close()
-        raise DataError(
-            f"{path} has no line that begins at byte {position}, where reading stopped before: it"
-            " was changed since; restore it, or start a new run"
-        )
-    return file
-
-
 def _read_part(
-    part: JSONLPart, position: int, line: int, skipped: _SkippedLines
+    part: JSONLPart,
+    position: int,
+    line: int,
+    tally: Tally,
+    files: WatchedFiles,
+    size_then: int | None,
 ) -> Iterator[tuple[Document, int, int]]:
     """The documents of one pass, each with position and index of the line after it."""
-    first, stop, block_size = part["offset"], part["offset"] + part["n_offsets"], part["block_size"]
-    with _open_at(part["file_path"], position) as file:
-        for raw in file:
-            is_bom_line = position == 0
-            index, line = line, line + 1
-            position += len(raw)
+    path = part["file_path"]
+    try:
+        file = files.open_at(path, position, size_then)
+    except OSError as error:
+        raise unreadable(path, position, error) from None
+    with file:
+        yield from _read_lines(file, part, position, line, tally, files)
+    tally.finish_file()
+
+
+def _read_lines(
+    file: BinaryIO, part: JSONLPart, position: int, line: int, tally: Tally, files: WatchedFiles
+) -> Iterator[tuple[Document, int, int]]:
+    """`_read_part` of an open file, up to where it ended when it was opened.
+
+    So that a pass has an end, however fast the file grows.
+    """
+    path, block_size, size = part["file_path"], part["block_size"], files.size
+    first, stop = part["offset"], part["offset"] + part["n_offsets"]
+    pause = min(position + READ_BUFFER, size)
+    try:
+        for raw in iter(partial(file.readline, MAX_LINE_BYTES), b""):
+            start, index = position, line
+            position, line = position + len(raw), line + 1
+            # Most lines may be those of other readers: one comparison is all they cost.
+            if position >= pause:
+                if start >= size:
+                    position = start
+                    break
+                if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                    raise _too_long(path, start)
+                files.check(file, path, start)
+                pause = min(position + READ_BUFFER, size)
             if not first <= index % block_size < stop:
                 continue
-            skipped.count_line()
-            content = raw.removeprefix(codecs.BOM_UTF8) if is_bom_line else raw
-            content = content.rstrip()
-            if not content:
-                skipped.skip(index, position, "empty")
-                continue
+            tally.count_line()
             try:
-                document = _parse(content)
-            except _MalformedLine as reason:
-                skipped.skip(index, position, str(reason), malformed=True)
+                document = _parse(raw if start else raw.removeprefix(codecs.BOM_UTF8))
+            except _UnusableLine as error:
+                files.check(file, path, start)  # it may have been a good one
+                tally.skip(index, position, str(error), error.malformed)
                 continue
             yield document, position, line
             if document.rejected:
-                skipped.skip(index, position, document.rejected)
-    skipped.finish_file()
+                tally.skip(index, position, document.rejected, document.malformed)
+        files.check(file, path, position)
+    except OSError as error:
+        raise unreadable(path, position, error) from None
+    if position < size:
+        raise changed(path, position, "came to an end")
+
+
+def _too_long(path: str, start: int) -> DataError:
+    return DataError(
+        f"{shown(path)}: the line that begins at byte {start} has more than {MAX_LINE_BYTES} bytes:"
+        ' write one JSON object with a "text" a line'
+    )
 
 
 def parts_of(state: JSONLState) -> list[JSONLPart]:
@@ -203,7 +194,13 @@ def start_of(parts: list[JSONLPart]) -> JSONLState:
 
 
 def _state(
-    parts: list[JSONLPart], part: int, position: int, line: int | None, current_iter: int
+    parts: list[JSONLPart],
+    part: int,
+    position: int,
+    line: int | None,
+    current_iter: int,
+    malformed: int = 0,
+    size: int | None = None,
 ) -> JSONLState:
     current = parts[part]
     state = JSONLState(
@@ -215,55 +212,81 @@ def _state(
     )
     if line is not None:
         state["line"] = line
+    if malformed:
+        state["malformed"] = malformed
+    if size is not None:
+        state["size"] = size
     if len(parts) > 1 or current["n_offsets"] > 1:
         state["parts"], state["part"] = parts, part
     return state
 
 
-def _read_rest(state: JSONLState, skipped: _SkippedLines) -> Iterator[tuple[Document, JSONLState]]:
+def _n_before(part: JSONLPart, line: int) -> int:
+    """How many of the first `line` lines of the file are of this part."""
+    n_blocks, rest = divmod(line, part["block_size"])
+    return n_blocks * part["n_offsets"] + min(max(rest - part["offset"], 0), part["n_offsets"])
+
+
+def _read_rest(
+    state: JSONLState, tally: Tally, files: WatchedFiles
+) -> Iterator[tuple[Document, JSONLState]]:
     """What is left of a pass over a share; each document with the state after it."""
     parts, current_iter = parts_of(state), state["current_iter"]
     position, numbered = state["position"], "line" in state or state["position"] == 0
     # Without a line number the line is known modulo block_size, which is enough to go on.
     line = state.get("line", 0 if position == 0 else state["offset"] + 1)
-    for part in range(state.get("part", 0), len(parts)):
-        skipped.start_file(parts[part]["file_path"], numbered)
-        for document, after, next_line in _read_part(parts[part], position, line, skipped):
+    malformed, size_then = state.get("malformed", 0), state.get("size")
+    for index in range(state.get("part", 0), len(parts)):
+        part = parts[index]
+        n_judged = _n_before(part, line) if numbered else 0
+        tally.start_file(part["file_path"], position, numbered, n_judged, malformed)
+        for document, after, next_line in _read_part(part, position, line, tally, files, size_then):
             number = next_line if numbered else None
-            yield document, _state(parts, part, after, number, current_iter)
-        position, line, numbered = 0, 0, True
+            yield (
+                document,
+                _state(parts, index, after, number, current_iter, tally.n_malformed, files.size),
+            )
+        position, line, numbered, malformed, size_then = 0, 0, True, 0, None
 
 
-def read_share(state: JSONLState) -> Iterator[tuple[Document, JSONLState]]:
+def read_share(
+    state: JSONLState, max_malformed: float = MAX_MALFORMED_SHARE
+) -> Iterator[tuple[Document, JSONLState]]:
     """The documents of a share from `state` on, without end; each with the state after it.
 
-    DataError where a whole pass finds no usable document.
+    max_malformed: the share of a file's lines, from 0 to 1, that may be malformed. DataError
+    beyond it, and where a whole pass finds no usable document.
     """
-    skipped = _SkippedLines()
+    tally, files = Tally(max_malformed), WatchedFiles()
     while True:
         is_whole_pass = state["position"] == 0 and state.get("part", 0) == 0
         n_usable = 0
-        for document, after in _read_rest(state, skipped):
+        for document, after in _read_rest(state, tally, files):
             yield document, after
             n_usable += document.rejected is None
+        parts, n_passes = parts_of(state), state["current_iter"] + 1
         if is_whole_pass and n_usable == 0:
-            raise DataError(_why_empty(parts_of(state), skipped))
-        parts = parts_of(state)
-        state = _state(parts, 0, position=0, line=0, current_iter=state["current_iter"] + 1)
+            raise DataError(_why_empty(parts, tally))
+        tally.finish_pass(_name(parts), n_passes, is_whole_pass)
+        state = _state(parts, 0, position=0, line=0, current_iter=n_passes)
 
 
-def _why_empty(parts: list[JSONLPart], skipped: _SkippedLines) -> str:
-    part = parts[0]
+def _name(parts: list[JSONLPart]) -> str:
+    """The files of a share in a few words."""
     more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
-    if skipped.first:
+    return shown(parts[0]["file_path"]) + more
+
+
+def _why_empty(parts: list[JSONLPart], tally: Tally) -> str:
+    if tally.first:
         return (
-            f"{part['file_path']}{more}: no usable document in the lines that this process reads"
-            f' (first of all: {skipped.first}): write one JSON object with a "text" a line'
+            f"{_name(parts)}: no usable document in the lines that this process reads (first of"
+            f' all: {tally.first}): write one JSON object with a "text" a line'
         )
     return (
-        f"{part['file_path']}{more}: no line for this process, which reads {part['n_offsets']} of"
-        f" every {part['block_size']} lines from index {part['offset']} on: use fewer processes, or"
-        " files with more lines"
+        f"{_name(parts)}: no line for this process, which reads {parts[0]['n_offsets']} of every"
+        f" {parts[0]['block_size']} lines from index {parts[0]['offset']} on: use fewer processes,"
+        " or files with more lines"
     )
 
 
@@ -278,7 +301,7 @@ def read_jsonl(
         offset=offset,
         current_iter=current_iter,
     )
-    return _read_rest(state, _SkippedLines())
+    return _read_rest(state, Tally(MAX_MALFORMED_SHARE), WatchedFiles())
 
 
 def loop_on_jsonl(

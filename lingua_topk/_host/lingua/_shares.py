@@ -6,9 +6,12 @@ number of processes is a multiple of the number of files this is Lingua's rule.
 """
 
 import math
+import os
+import stat
 from pathlib import Path
 
 from lingua._jsonl import JSONLPart, JSONLState, start_of
+from lingua._watched import shown
 from lingua.errors import ConfigError, DataError
 
 TRAIN_DATA_FILE_PATTERN = "*.chunk.*.jsonl"
@@ -17,10 +20,10 @@ TRAIN_DATA_FILE_PATTERN = "*.chunk.*.jsonl"
 def source_folder(root_dir: str | None, source: str) -> Path:
     """The folder of a source; ConfigError where there is none."""
     folder = Path(root_dir or "") / source
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(
-            f"data.sources: {source} is not a folder in data.root_dir={root_dir} (looked for"
-            f" {folder}): prepare it with python -m apps.topk.prepare, or correct the name"
+            f"data.sources: {shown(source)} is not a folder in data.root_dir={root_dir} (looked for"
+            f" {shown(folder)}): prepare it with python -m apps.topk.prepare, or correct the name"
         )
     return folder
 
@@ -30,19 +33,44 @@ def find_and_sanitize_chunks(
 ) -> list[str]:
     """The files of a source, sorted; for any number of processes all of them.
 
-    DataError where no file in the folder matches `file_pattern`.
+    DataError where no file in the folder matches `file_pattern`, and where something that
+    does is no file that can be read: left out silently, it would be missed by nobody.
     """
     chunks = sorted(
         str(path)
         for path in Path(dataset_path).glob(file_pattern)
-        if path.is_file() and not path.name.startswith(".")
+        if not path.name.startswith(".") and _is_file(path)
     )
     if not chunks:
         raise DataError(
-            f"{dataset_path} holds no file called {file_pattern}: prepare it with python -m"
-            " apps.topk.prepare, or name the folder that holds such files"
+            f"{shown(dataset_path)} holds no file called {file_pattern}"
+            f"{_why_unlisted(dataset_path)}: prepare it with python -m apps.topk.prepare, or name"
+            " the folder that holds such files"
         )
     return chunks
+
+
+def _is_file(path: Path) -> bool:
+    """False for a folder. DataError for what is neither, a link to nothing for example."""
+    try:
+        mode = path.stat().st_mode
+        problem = "it is no regular file"
+    except OSError as error:
+        mode, problem = 0, error.strerror or error
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return stat.S_ISREG(mode)
+    raise DataError(
+        f"{shown(path)} cannot be read ({problem}): put a file there, or remove or rename it"
+    )
+
+
+def _why_unlisted(folder: str | Path) -> str:
+    """Why the files of a folder cannot be seen; "" where they can."""
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        return f" that can be seen ({error.strerror or error})"
+    return ""
 
 
 def parts_of_rank(files: list[str], rank: int, world_size: int) -> list[JSONLPart]:

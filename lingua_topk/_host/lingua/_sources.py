@@ -1,6 +1,6 @@
 """Documents from several sources, drawn by their weights."""
 
-import math
+import sys
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from lingua._jsonl import Document, JSONLState, read_share
 from lingua._shares import distribute_data_to_rank, source_folder
+from lingua._tally import MAX_MALFORMED_SHARE
 from lingua.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ def init_choice_state(
         )
     for source, weight in sources.items():
         # OmegaConf lets a mapping stand for a number: a name with a dot gives one.
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+        if not (isinstance(weight, int | float) and 0 < weight <= sys.float_info.max):
             raise ConfigError(
                 f"data.sources: weight {weight} of {source} is not allowed: give a number above 0,"
                 " or leave the source out"
@@ -58,7 +59,15 @@ def setup_sources(
     multi_state: MultiChoiceState,
 ) -> dict[str, Iterator[tuple[Document, JSONLState]]]:
     """For every source an endless iterator of its documents and the state after each."""
-    return {source: read_share(state) for source, state in multi_state["source_to_state"].items()}
+    return open_sources(multi_state, MAX_MALFORMED_SHARE)
+
+
+def open_sources(
+    multi_state: MultiChoiceState, max_malformed: float
+) -> dict[str, Iterator[tuple[Document, JSONLState]]]:
+    """`setup_sources` that allows another share of malformed lines."""
+    states = multi_state["source_to_state"].items()
+    return {source: read_share(state, max_malformed) for source, state in states}
 
 
 def choose_source(
@@ -73,6 +82,8 @@ def choose_source(
     rng.bit_generator.state = rng_state
     names = list(sources)
     weights = np.array([sources[name] for name in names], dtype=np.float64)
+    if weights.max() > sys.float_info.max / len(weights):  # their sum may be no number
+        weights /= weights.max()
     # Generator.choice(len(names), p=...), without its checks at every draw.
     cumulated = np.cumsum(weights / weights.sum())
     cumulated /= cumulated[-1]

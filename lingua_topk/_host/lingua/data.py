@@ -18,7 +18,13 @@ from typing import Optional, TypedDict
 import numpy as np
 
 from lingua._background import async_iterator, consume_buffer, feed_buffer
-from lingua._jsonl import Document, JSONLState, loop_on_jsonl, read_jsonl, text_of
+from lingua._jsonl import (
+    Document,
+    JSONLState,
+    loop_on_jsonl,
+    read_jsonl,
+    text_of,
+)
 from lingua._packing import (
     PackTokensState,
     PrefetchState,
@@ -35,10 +41,12 @@ from lingua._sources import (
     MultiChoiceState,
     choose_source,
     init_choice_state,
+    open_sources,
     setup_sources,
 )
-from lingua.errors import ConfigError
-from lingua.tokenizer import TokenizerArgs, build_tokenizer
+from lingua._tally import MAX_MALFORMED_SHARE
+from lingua.errors import ConfigError, UserError
+from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +63,9 @@ class DataArgs:
     add_eos: bool = True
     load_async: bool = True
     prefetch_size: int = 64  # batches: the window of shuffling, and the queue's length
+    # Share of a file's lines (of the first 100 at least) beyond which malformed ones stop the
+    # run: with 0 the first one does, with 1 none. Not part of the state: it may be changed.
+    max_malformed: float = MAX_MALFORMED_SHARE
     tokenizer: TokenizerArgs = field(default_factory=TokenizerArgs)
 
 
@@ -73,13 +84,11 @@ def tokenize(
     tokenizer_type: str,
     tokenizer_path: str | None = None,
 ) -> Iterator[tuple[list[int], TokenizerState]]:
-    """The token ids of every document that has any."""
+    """The token ids of every document that has any. The others are rejected."""
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_path)
     for document, state in iterator:
-        tokens = tokenizer.encode(text_of(document), add_bos=add_bos, add_eos=add_eos)
+        tokens = _encoded(tokenizer, document, add_bos, add_eos)
         if len(tokens) == 0:
-            if isinstance(document, Document):
-                document.rejected = "no token"
             continue
         yield (
             tokens,
@@ -91,6 +100,33 @@ def tokenize(
                 path=tokenizer_path,
             ),
         )
+
+
+def _encoded(tokenizer: Tokenizer, document: dict, add_bos: bool, add_eos: bool) -> list[int]:
+    """The token ids of a document; none where it is rejected.
+
+    What the tokenizer cannot encode counts as a malformed line: one such document costs no
+    run, and a tokenizer that can encode none is noticed all the same.
+    """
+    try:
+        tokens = tokenizer.encode(text_of(document), add_bos=add_bos, add_eos=add_eos)
+    except BaseException as error:
+        if not (isinstance(document, Document) and _is_about_the_text(error)):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        document.reject(f"the tokenizer failed: {what}", malformed=True)
+        return []
+    if len(tokens) == 0 and isinstance(document, Document):
+        document.reject("no token")
+    return tokens
+
+
+def _is_about_the_text(error: BaseException) -> bool:
+    """Whether it may have been raised for what the text is, and not for a wrong setting."""
+    if isinstance(error, UserError | MemoryError | ImportError):
+        return False
+    # A panic in tiktoken's Rust code comes as an exception that is no Exception.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def init_state(
@@ -140,16 +176,22 @@ def init_state(
     )
 
 
-@contextlib.contextmanager
 def build_dataloader(
     state: PrefetchState,
-) -> Iterator[Iterator[tuple[np.ndarray, PrefetchState]]]:
+) -> AbstractContextManager[Iterator[tuple[np.ndarray, PrefetchState]]]:
     """An endless iterator of (batch, state after it); batches are int64 [B, S, V]."""
+    return _build_dataloader(state, MAX_MALFORMED_SHARE)
+
+
+@contextlib.contextmanager
+def _build_dataloader(
+    state: PrefetchState, max_malformed: float
+) -> Iterator[Iterator[tuple[np.ndarray, PrefetchState]]]:
     packed = state["it_state"]
     tokens = packed["it_state"]
     choice = tokens["it_state"]
     with contextlib.ExitStack() as stack:
-        iterators = setup_sources(choice)
+        iterators = open_sources(choice, max_malformed)
         for iterator in iterators.values():
             stack.enter_context(contextlib.closing(iterator))
         documents = choose_source(
@@ -174,6 +216,7 @@ def build_dataloader(
 
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> PrefetchState:
     """`init_state` for data-parallel process `rank` of `world_size`."""
+    _check_max_malformed(args.max_malformed)
     return init_state(
         root_dir=args.root_dir,
         sources=args.sources,
@@ -197,14 +240,24 @@ def build_dataloader_from_args(
     """`build_dataloader`, in a process of its own if args.load_async.
 
     state: default, the beginning for a single process. A given state is what counts: of
-    `args` only load_async and the queue's length are used, and what else differs is logged.
+    `args` only load_async, the queue's length and max_malformed are used, and what else
+    differs is logged.
     """
+    _check_max_malformed(args.max_malformed)
     if state is None:
         state = init_dataloader_state_from_args(args, rank=0, world_size=1)
     else:
         _report_ignored(args, state)
-    builder = partial(build_dataloader, state)
+    builder = partial(_build_dataloader, state, args.max_malformed)
     return async_iterator(args.prefetch_size, builder) if args.load_async else builder()
+
+
+def _check_max_malformed(value: float) -> None:
+    if not (isinstance(value, int | float) and 0 <= value <= 1):  # nan is not
+        raise ConfigError(
+            f"data.max_malformed={value} is not allowed: give the share of malformed lines at which"
+            " to stop, from 0 (at the first one) to 1 (never)"
+        )
 
 
 def _report_ignored(args: DataArgs, state: PrefetchState) -> None:
