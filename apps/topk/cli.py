@@ -1,6 +1,7 @@
 """How the applications speak to a user: config files, one-line errors, help."""
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -17,6 +18,9 @@ from torch.distributed import TCPStore
 from lingua_topk.errors import ConfigError
 from lingua_topk.host import leave_copied_code
 
+# A disk without room, a quota, a limit on the size of files, a disk that may not be written to.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a user's mistake becomes one line on stderr and its exit status.
@@ -30,11 +34,13 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        status = getattr(error, "exit_status", None)
+        status, text = getattr(error, "exit_status", None), str(error)
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            status, text = 2, f"{error.filename or 'a file'} cannot be written: {error.strerror}"
         if status is None:
             raise
         if _is_first_to_fail():
-            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 

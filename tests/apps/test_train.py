@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import apps.main.eval as eval_module
 import apps.main.train as train_module
-from apps.topk import seam
+from apps.topk import cli, seam
 from apps.topk.model import TopKTrainArgs, TopKTransformer
 from apps.topk.train import train
 from lingua_topk import topk_handle
@@ -241,6 +242,26 @@ def test_only_what_is_reported_may_change_in_the_model_of_a_run(corpus, tmp_path
     assert len(read_metrics(tmp_path / "run")) == 3
     with pytest.raises(Exception, match=r"model\.topk\.k=5, but the run .* has 4"):
         train(train_args(corpus, tmp_path / "run", "steps=4", "model.topk.k=5"))
+
+
+@pytest.mark.parametrize("limit", [2_000, 30_000, 100_000])
+def test_a_full_disk_costs_no_checkpoint(corpus, whole_run, tmp_path, capfd, limit):
+    """No file may grow beyond the limit: one for the records, one for a checkpoint's parts."""
+    args = [corpus, tmp_path / "run", "checkpoint.dump.every=2"]
+    train(train_args(*args, "steps=2"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: train(train_args(*args, "steps=8")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "cannot be written" in errors[0]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["0000000002"]
+    train(train_args(*args, "steps=8"))
+    assert [line["global_step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
 def test_the_checkpoints_of_twin_and_topk_have_the_same_keys(corpus, whole_run, tmp_path):

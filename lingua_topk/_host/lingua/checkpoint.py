@@ -241,11 +241,16 @@ def _dcp_load(state: dict, ckpt_dir: Path, no_dist: bool = False) -> None:
     try:
         dcp.load(state, checkpoint_id=ckpt_dir, no_dist=no_dist)
     except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
         raise CheckpointError(
-            f"{ckpt_dir} cannot be loaded ({first}): if the folder is damaged, remove it to go on"
-            " from an earlier checkpoint"
+            f"{ckpt_dir} cannot be loaded ({_first_reason(error)}): if the folder is damaged, remove"
+            " it to go on from an earlier checkpoint"
         ) from error
+
+
+def _first_reason(error: Exception) -> Exception:
+    """What one of the processes said, where the library only says that some failed."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
 
 
 class CheckpointManager:
@@ -335,15 +340,16 @@ class CheckpointManager:
             shutil.rmtree(folder, ignore_errors=True)
             partial.mkdir()
         _barrier()
-        dcp.save(self.get_state_dict(model, optimizer), checkpoint_id=partial)
+        try:
+            self._write(partial, model, optimizer, train_state, config, rank)
+        except (OSError, CheckpointException) as error:
+            if get_is_master():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{folder} cannot be written ({_first_reason(error)}): free or mend the disk, then"
+                " start the run again; it goes on from the checkpoint before"
+            ) from error
         if get_is_master():
-            _write_json(partial / CONFIG_NAME, asdict(config))
-        _write_json(partial / TRAIN_STATE_NAME.format(rank), train_state.state_dict())
-        _barrier()
-        manifest = {"files": describe_checkpoint(partial)}
-        if get_is_master():
-            _write_json(partial / MANIFEST_NAME, manifest)
-            _sync_folder(partial)
             partial.rename(folder)
             _sync_folder(self.path)
         _barrier()
@@ -353,6 +359,18 @@ class CheckpointManager:
         self.existing_saves = _from_master(self.get_existing_saves())
         self.clean_up()
         return True
+
+    def _write(self, partial: Path, model, optimizer, train_state, config, rank: int) -> None:
+        """All files of a checkpoint, synced, the manifest last."""
+        dcp.save(self.get_state_dict(model, optimizer), checkpoint_id=partial)
+        if get_is_master():
+            _write_json(partial / CONFIG_NAME, asdict(config))
+        _write_json(partial / TRAIN_STATE_NAME.format(rank), train_state.state_dict())
+        _barrier()
+        manifest = {"files": describe_checkpoint(partial)}
+        if get_is_master():
+            _write_json(partial / MANIFEST_NAME, manifest)
+            _sync_folder(partial)
 
     def load(
         self,
