@@ -242,8 +242,8 @@ def _dcp_load(state: dict, ckpt_dir: Path, no_dist: bool = False) -> None:
         dcp.load(state, checkpoint_id=ckpt_dir, no_dist=no_dist)
     except CheckpointException as error:
         raise CheckpointError(
-            f"{ckpt_dir} cannot be loaded ({_first_reason(error)}): if the folder is damaged, remove"
-            " it to go on from an earlier checkpoint"
+            f"{ckpt_dir} cannot be loaded ({_first_reason(error)}): if the folder is damaged,"
+            " remove it to go on from an earlier checkpoint"
         ) from error
 
 
