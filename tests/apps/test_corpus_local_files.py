@@ -6,6 +6,8 @@ import lzma
 import os
 import random
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from apps.topk.corpus.local_files import LocalFiles
@@ -24,13 +26,26 @@ def read(path, keys=KEYS):
     return documents, tally
 
 
+def zstd(content: bytes) -> bytes:
+    """Two frames, as tools that compress in parallel write."""
+    middle = len(content) // 2
+    parts = (content[:middle], content[middle:])
+    return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in parts)
+
+
 def as_jsonl(*records) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".XZ", lzma.compress)],
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".xz", lzma.compress),
+        (".zst", zstd),
+        (".XZ", lzma.compress),
+    ],
 )
 def test_jsonl_and_txt_plain_or_compressed(tmp_path, suffix, compress):
     text = "Two  spaces,\ta tab and\n\na blank line — naïve 漢字\u2028 🙂"
@@ -134,16 +149,16 @@ def test_a_short_txt_file_is_one_document_and_a_long_one_is_cut(tmp_path):
     assert all(6_000 <= len(passage) < 7_000 for passage in cut[:-1])
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.xz", "a.txt.xz"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.xz", "a.txt.zst"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
 def test_damaged_files_stop(tmp_path, name, damage):
     noise = random.Random(0)
     text = b"".join(as_jsonl({"text": f"number {noise.random()}"}) for _ in range(5_000))
-    whole = (gzip if name.endswith("gz") else lzma).compress(text)
+    whole = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstd}[name.rpartition(".")[2]](text)
     middle = len(whole) // 2
     content = {
         "truncated": whole[:middle],
-        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+        "flipped": whole[:middle] + bytes(64) + whole[middle + 64 :],
         "foreign": b"neither of the two",
     }[damage]
     (tmp_path / name).write_bytes(content)
@@ -182,7 +197,7 @@ def test_an_empty_file_among_others_is_counted(tmp_path):
 
 def test_a_folder_without_text_stops(tmp_path):
     (tmp_path / "a.md").write_text("text")
-    with pytest.raises(DataError, match=r"holds no \.txt or \.jsonl file"):
+    with pytest.raises(DataError, match=r"holds no \.txt, \.jsonl or \.parquet file"):
         LocalFiles(tmp_path, "notes", KEYS)
 
 
@@ -198,3 +213,71 @@ def test_the_fingerprint_changes_with_the_files(tmp_path):
     (tmp_path / "b.txt").write_text("two")
     more = LocalFiles(tmp_path, "x", KEYS).fingerprint()
     assert first != later != more != first
+
+
+def resumed(path, after: int):
+    """The documents before and after a stop, with the tally at the end of both."""
+    tally = Tally()
+    source = LocalFiles(path, str(path), KEYS)
+    documents = source.documents(tally)
+    before = [next(documents) for _ in range(after)]
+    cursor = json.loads(json.dumps(source.cursor()))
+    counted = Tally(**json.loads(json.dumps(vars(tally))))
+    source = LocalFiles(path, str(path), KEYS)
+    after = list(source.documents(counted, cursor))
+    assert source.done == source.size
+    return before, after, counted
+
+
+def write_every_kind(folder):
+    lines = as_jsonl(*({"text": f"number {number} — naïve"} for number in range(9)))
+    mixed = b"not JSON\n" + lines + b'{"body": 1}\n{"text": "\xff and so on"}\n'
+    for suffix, compress in (("", bytes), (".gz", gzip.compress), (".zst", zstd)):
+        (folder / f"a.jsonl{suffix}").write_bytes(compress(mixed))
+        text = b"\n\n".join(b"caf\xe9 %d " % number + b"word " * 2_000 for number in range(8))
+        (folder / f"b.txt{suffix}").write_bytes(compress(text))
+    (folder / "c.txt").write_bytes(b"")
+    rows = [None, "", *(f"row {number}" for number in range(9))]
+    table = pyarrow.table({"id": list(range(11)), "text": rows})
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=4)
+
+
+def test_reading_goes_on_after_any_document(tmp_path):
+    write_every_kind(tmp_path)
+    documents, tally = read(tmp_path)
+    assert len(documents) > 50
+    assert len(tally.counts) == 5
+    for after in range(1, len(documents) + 1):
+        assert resumed(tmp_path, after) == (documents[:after], documents[after:], tally)
+
+
+@pytest.mark.parametrize("change", ["shrinks", "grows", "vanishes"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, change):
+    path = tmp_path / "a.jsonl"
+    lines = as_jsonl(*({"text": f"number {number}"} for number in range(50_000)))
+    path.write_bytes(lines)
+    documents = LocalFiles(tmp_path, "x", KEYS).documents(Tally())
+    next(documents)
+    if change == "vanishes":
+        path.unlink()
+    else:
+        path.write_bytes(lines[:-9_000] if change == "shrinks" else lines + lines)
+    with pytest.raises(DataError, match=r"changed while it was read|No such file"):
+        for _ in documents:
+            pass
+
+
+def test_a_file_that_vanishes_before_its_turn(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    documents = LocalFiles(tmp_path, "x", KEYS).documents(Tally())
+    next(documents)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(DataError, match=r"b\.txt cannot be read: No such file"):
+        list(documents)
+
+
+def test_a_nul_is_a_character(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl({"text": "a\0b"}))
+    assert read(path) == (["a\0b"], Tally())

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apps.topk.corpus.split import content_hash, split
+from apps.topk.corpus.draws import content_hash
+from apps.topk.corpus.split import split
 from lingua_topk.errors import DataError
 
 TEXTS = [f"document number {number}" for number in range(200)]
@@ -56,6 +57,12 @@ def test_a_share_and_never_all(count, share):
     parts = split(TEXTS[:count], share, seed=0)
     assert parts.train and parts.validation
     assert abs(len(parts.validation) - share * count) <= 1
+
+
+def test_a_cap():
+    parts = split(TEXTS, 0.5, seed=0, val_documents=7)
+    assert parts.validation == split(TEXTS, 0.5, seed=0).validation[:7]
+    assert sorted(parts.train + parts.validation) == sorted(TEXTS)
 
 
 @pytest.mark.parametrize("documents", [[], ["one"], ["one two", "one\ntwo"]])

@@ -12,6 +12,7 @@ import sentencepiece
 import yaml
 
 from apps.topk import cli
+from apps.topk.corpus.tokenizer import first_bytes, train_tokenizer
 from apps.topk.prepare import main, prepare
 from lingua_topk.errors import ConfigError, DataError
 
@@ -259,6 +260,9 @@ def test_an_empty_folder_is_filled(source, out):
     ("arguments", "message"),
     [
         ({"chunks": 0}, "chunks=0 is not allowed"),
+        ({"val_documents": 0}, "val_documents=0 is not allowed"),
+        ({"tokenizer_mb": 0}, "tokenizer_mb=0 is not allowed"),
+        ({"memory_mb": -1}, "memory_mb=-1 is not allowed"),
         ({"val_share": 0.0}, "val_share=0.0 is not between 0 and 1"),
         ({"val_share": 1.0}, "val_share=1.0 is not between 0 and 1"),
         ({"val_share": float("nan")}, "val_share=nan is not between 0 and 1"),
@@ -269,6 +273,7 @@ def test_an_empty_folder_is_filled(source, out):
         ({"text_key": " , "}, "text_key=' , ' names no key"),
         ({"source": "no/such/file"}, "source='no/such/file' is neither python-docs nor a file"),
         ({"source": ""}, "source='' is neither"),
+        ({"source": "hf:a/b/c"}, "source='hf:a/b/c' is not of the form hf:OWNER/NAME"),
         ({"out": ""}, "out='' cannot be a folder to write"),
         ({"out": "/"}, "out='/' cannot be a folder to write"),
     ],
@@ -297,8 +302,6 @@ def test_the_same_source_twice(source, out):
         (["one"], {}, "holds 1 distinct document"),
         (["one two", " one\ntwo "], {}, "holds 1 distinct document"),
         (["a b", "c d"], {"chunks": 2}, "chunks=2 is more than the 1 training documents"),
-        (texts(), {"vocab_size": 9000}, "vocab_size=9000 is more than the training text gives"),
-        (texts(), {"vocab_size": 100}, "vocab_size=100 is too few"),
     ],
 )
 def test_text_that_cannot_be_used_leaves_nothing(tmp_path, documents, arguments, message):
@@ -311,11 +314,50 @@ def test_text_that_cannot_be_used_leaves_nothing(tmp_path, documents, arguments,
     assert not os.listdir(out.parent)
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (9000, "vocab_size=9000 is more than the training text gives"),
+        (100, "vocab_size=100 is too few"),
+    ],
+)
+def test_a_vocabulary_that_the_text_does_not_allow_keeps_what_was_read(
+    source, out, size, message, capsys
+):
+    with pytest.raises(DataError) as error:
+        made(source, out, vocab_size=size)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert os.listdir(out.parent) == [".sea.prepare-work"]
+    assert f"keeps the {N_TEXTS} documents" in capsys.readouterr().err
+    made(source, out)
+    assert f"{N_TEXTS} documents are read" in capsys.readouterr().err
+    assert os.listdir(out.parent) == ["sea"]
+
+
 def test_the_largest_vocabulary_named_in_the_error_works(source, out):
     with pytest.raises(DataError) as error:
         made(source, out, vocab_size=9000)
     largest = int(str(error.value).split("at most ")[1].split()[0])
     assert made(source, out, vocab_size=largest)["tokenizer"]["pieces"] == largest
+
+
+def test_at_most_so_many_are_held_out(source, out):
+    manifest = made(source, out, val_share=0.5, val_documents=3)
+    assert manifest["counts"]["validation"]["documents"] == 3
+
+
+def test_the_tokenizer_learns_from_the_first_documents_only(tmp_path):
+    words = "alpha beta gamma delta".split()
+    documents = [f"{words[i % 4]} " * 40_000 + str(i) for i in range(12)]  # 200 to 240 kB each
+    made(write_jsonl(tmp_path / "t.jsonl", documents), tmp_path / "a", vocab_size=272)
+    made(tmp_path / "t.jsonl", tmp_path / "b", vocab_size=272, tokenizer_mb=1)
+    train = read_jsonl(tmp_path / "b" / "t" / "t.chunk.00.jsonl")
+    all_text, first_text = ((tmp_path / name / "tokenizer.model").read_bytes() for name in "ab")
+    assert all_text == train_tokenizer(train, 272)
+    assert first_text == train_tokenizer(list(first_bytes(train, 1_000_000)), 272)
+    assert len(list(first_bytes(train, 1_000_000))) == 5
+    assert first_text != all_text
 
 
 def test_problems_are_reported_with_file_and_line(source, out, capsys):
@@ -334,9 +376,12 @@ def test_help_names_every_flag_with_its_default(capsys):
         assert f"--{flag}" in printed
     for flag in ("val_share (default: 0.05)", "vocab_size (default: 32000)", "seed (default: 42)"):
         assert f"--{flag}" in printed
+    for flag in ("val_documents (default: 10000)", "memory_mb (default: 512)"):
+        assert f"--{flag}" in printed
     for flag in ("name (default: none)", "overwrite (default: false)", "text_key (default: text,"):
         assert f"--{flag}" in printed
     assert "python-docs" in printed
+    assert "hf:HuggingFaceFW/fineweb-edu:sample-10BT" in printed
     assert "20,000 characters" in " ".join(printed.split())
     assert "Raises" not in printed
 

@@ -1,12 +1,11 @@
 """Output appears whole or not at all, whatever interrupts it."""
 
-import multiprocessing
+import json
 import os
-import signal
 
 import pytest
 
-from apps.topk.corpus.output import chunk_name, clear_leftovers, find_finished, whole_folder
+from apps.topk.corpus.output import chunk_name, find_finished, publish, put_back
 from lingua_topk.errors import ConfigError
 
 
@@ -15,105 +14,56 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def new(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "new").write_text("new")
+    return folder
+
+
 def nothing(line: str) -> None:
     raise AssertionError(f"unexpected warning: {line}")
 
 
-def test_nothing_is_seen_before_the_end(out):
-    with whole_folder(out, replace=False) as new:
-        (new / "a").write_text("1")
-        assert not out.exists()
-    assert (out / "a").read_text() == "1"
-    assert os.listdir(out.parent) == ["out"]
-
-
 @pytest.mark.parametrize("replace", [False, True])
-def test_an_error_leaves_what_was_there(out, replace):
-    out.mkdir()
-    (out / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_folder(out, replace) as new:
-        (new / "a").write_text("new")
-        raise KeyboardInterrupt
-    assert (out / "a").read_text() == "old"
+def test_a_new_folder(out, new, replace):
+    publish(new, out, replace)
     assert os.listdir(out.parent) == ["out"]
+    assert os.listdir(out) == ["new"]
 
 
-def test_replacing(out):
+def test_replacing(out, new):
     out.mkdir()
     (out / "old").write_text("old")
-    with whole_folder(out, replace=True) as new:
-        (new / "new").write_text("new")
+    publish(new, out, replace=True)
     assert os.listdir(out) == ["new"]
     assert os.listdir(out.parent) == ["out"]
 
 
-def test_what_appears_meanwhile_is_not_replaced(out):
-    with pytest.raises(OSError), whole_folder(out, replace=False) as new:
-        (new / "a").write_text("ours")
-        out.mkdir()
-        (out / "a").write_text("theirs")
+def test_what_appears_meanwhile_is_not_replaced(out, new):
+    out.mkdir()
+    (out / "a").write_text("theirs")
+    with pytest.raises(OSError):
+        publish(new, out, replace=False)
     assert (out / "a").read_text() == "theirs"
-    assert os.listdir(out.parent) == ["out"]
 
 
-def test_a_failed_rename_puts_the_old_folder_back(out, monkeypatch):
+def test_a_failed_rename_puts_the_old_folder_back(out, new, monkeypatch):
     out.mkdir()
     (out / "a").write_text("old")
     rename = os.rename
 
     def failing(source, target):
-        if str(target) == str(out) and "partial" in str(source):
+        if str(target) == str(out) and source == new:
             raise OSError("disk gone")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk gone"), whole_folder(out, replace=True) as new:
-        (new / "a").write_text("new")
+    with pytest.raises(OSError, match="disk gone"):
+        publish(new, out, replace=True)
     assert (out / "a").read_text() == "old"
-    assert os.listdir(out.parent) == ["out"]
-
-
-def _write_until_killed(out, started):
-    with whole_folder(out, replace=False) as new:
-        (new / "half").write_text("half")
-        started.set()
-        signal.pause()
-
-
-@pytest.fixture
-def writer(out):
-    """Another process that is writing `out`."""
-    context = multiprocessing.get_context("fork")
-    started = context.Event()
-    process = context.Process(target=_write_until_killed, args=(out, started))
-    process.start()
-    assert started.wait(30)
-    yield process
-    process.kill()
-    process.join()
-
-
-def test_a_second_writer_is_turned_away(out, writer):
-    with pytest.raises(ConfigError, match="is being written by another process"):
-        clear_leftovers(out, nothing)
-    with (
-        pytest.raises(ConfigError, match="is being written by another process"),
-        whole_folder(out, replace=False),
-    ):
-        pass
-    assert writer.is_alive()
-    assert (out.parent / ".out.prepare-partial" / "half").exists()
-
-
-def test_what_a_killed_writer_left_is_removed_with_a_warning(out, writer):
-    writer.kill()
-    writer.join()
-    assert os.listdir(out.parent) == [".out.prepare-partial"]
-    warnings = []
-    clear_leftovers(out, warnings.append)
-    assert os.listdir(out.parent) == []
-    (line,) = warnings
-    assert ".out.prepare-partial, left by a run that was interrupted" in line
+    assert sorted(os.listdir(out.parent)) == ["new", "out"]
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -124,14 +74,14 @@ def test_a_run_killed_while_replacing(out, finished):
         out.mkdir()
         (out / "a").write_text("new")
     warnings = []
-    clear_leftovers(out, warnings.append)
+    put_back(out, warnings.append)
     assert (out / "a").read_text() == ("new" if finished else "old")
     assert os.listdir(out.parent) == ["out"]
     assert len(warnings) == 1
 
 
-def test_nothing_to_clear(out):
-    clear_leftovers(out, nothing)
+def test_nothing_to_put_back(out):
+    put_back(out, nothing)
     assert find_finished(out, {}, overwrite=False) is None
 
 
@@ -168,10 +118,15 @@ def test_a_manifest_that_is_not_ours(out):
         (
             [{"python": "3.12.1"}],
             [{"python": "3.11.7"}],
-            r"python-docs of Python 3\.12\.1 \(there: 3\.11\.7\)",
+            r"python-docs of Python 3\.12\.1 \(there: python-docs of Python 3\.11\.7\)",
         ),
         ([{"path": "/b"}], [{"path": "/a"}], r"source /b \(there: /a\)"),
         ([{"path": "/a"}, {"path": "/b"}], [{"path": "/a"}], r"2 sources \(there: 1\)"),
+        (
+            [{"hf": "a/b", "config": "x", "revision": "main", "split": "train"}],
+            [{"hf": "a/b", "config": None, "revision": None, "split": "test"}],
+            r"source hf:a/b@main:x:train \(there: hf:a/b::test\)",
+        ),
         (
             [{"path": "/a", "files": [1]}],
             [{"path": "/a", "files": [2]}],
@@ -182,6 +137,6 @@ def test_a_manifest_that_is_not_ours(out):
 def test_other_sources_are_named(out, wanted, there, message):
     out.mkdir()
     manifest = '{"format": 1, "files": {}, "counts": {}, "inputs": {"sources": %s}}'
-    (out / "manifest.json").write_text(manifest % str(there).replace("'", '"'))
+    (out / "manifest.json").write_text(manifest % json.dumps(there))
     with pytest.raises(ConfigError, match=message):
         find_finished(out, {"sources": wanted}, overwrite=False)

@@ -1,181 +1,135 @@
-"""Documents from .txt and .jsonl files, plain or compressed with gzip or xz.
+"""Documents from files: .txt and .jsonl, plain or compressed, and .parquet."""
 
-Files are read as UTF-8, line by line. Bytes that are no UTF-8, and lone surrogates
-that a JSON escape can hold, become U+FFFD; the lines are counted and named.
-"""
-
-import gzip
-import io
-import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from apps.topk.corpus.passages import WHOLE_CHARS, passages
+from apps.topk.corpus import text_files
+from apps.topk.corpus.parquet_files import ParquetFile
 from apps.topk.corpus.tally import Tally
+from apps.topk.corpus.text_files import COMPRESSIONS, EMPTY, MALFORMED, NO_TEXT, TextFile, kind
 from lingua_topk.errors import DataError
 
-KINDS = (".txt", ".jsonl")
-COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open}
-
-MALFORMED = "malformed lines skipped"
-NO_TEXT = "lines without the text key skipped"
-EMPTY = "empty documents skipped"
-REPLACED = "lines with characters that are not Unicode, mended with U+FFFD"
-REASONS = (MALFORMED, NO_TEXT, EMPTY)  # why a line gives no document
+KINDS = (*text_files.KINDS, ".parquet")
+REASONS = (MALFORMED, NO_TEXT, EMPTY)  # why a line or row gives no document
 NOT_TEXT_FILES = "files of another kind left aside"
 EMPTY_FILES = "empty files"
 
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
 
 class LocalFiles:
-    """A file, or every .txt and .jsonl file below a folder (hidden ones aside)."""
+    """A file, or every .txt, .jsonl and .parquet file below a folder (hidden ones aside)."""
+
+    unit = "B"
 
     def __init__(self, path: Path, label: str, text_keys: list[str]):
         self.label = label
         self.text_keys = text_keys
         self.root = path
         self.files, self.other_files = _find(path, label)
-        self.size = sum(file.stat().st_size for file in self.files)  # bytes as stored
+        self._states = [file.stat() for file in self.files]
+        self.size = sum(state.st_size for state in self._states)  # bytes as stored
         self.done = 0
-        self._line = 0  # number of the line read last in the file that is being read
+        self._cursor: dict[str, Any] = {}
+        self._reader: TextFile | ParquetFile | None = None
+
+    def open(self) -> None:
+        """Nothing: the files are known."""
 
     def fingerprint(self) -> dict[str, Any]:
-        states = [(file, file.stat()) for file in self.files]
-        return {
-            "path": str(self.root.resolve()),
-            "files": [
-                {
-                    "path": str(file.relative_to(self.root)) if file != self.root else file.name,
-                    "bytes": state.st_size,
-                    "mtime_ns": state.st_mtime_ns,
-                }
-                for file, state in states
-            ],
-        }
+        return {"path": str(self.root.resolve()), "files": describe(self.root, self.files)}
 
-    def documents(self, tally: Tally) -> Iterator[str]:
-        """Every document; DataError for a damaged file and for one that holds no document."""
-        for file in self.other_files:
-            tally.add(NOT_TEXT_FILES, str(file))
-        found = 0
-        for file in self.files:
-            lines = self._lines(file, tally)
-            is_jsonl = _kind(file) == ".jsonl"
-            found_before = found
-            for text in self._texts(lines, file, tally) if is_jsonl else _whole_or_cut(lines):
-                found += 1
-                yield text
-            if not self._line:
-                tally.add(EMPTY_FILES, str(file))
-            elif found == found_before:
-                raise DataError(self._without_documents(file, tally))
-        if not found:
+    def origin(self) -> dict[str, Any] | None:
+        return None  # the fingerprint says all
+
+    def cursor(self) -> dict[str, Any]:
+        return {**self._cursor, "position": self._reader.position}
+
+    def documents(self, tally: Tally, start: dict[str, Any] | None = None) -> Iterator[str]:
+        """Every document, or those after the cursor `start`.
+
+        DataError for a damaged file, for one that changes while it is read and for one that
+        holds no document.
+        """
+        if start is None:
+            for file in self.other_files:
+                tally.add(NOT_TEXT_FILES, str(file))
+            start = {"file": 0, "found": 0, "found_here": 0, "position": None}
+        self._cursor, position = {**start}, start["position"]
+        for number in range(start["file"], len(self.files)):
+            self._cursor["file"] = number
+            yield from self._documents(number, tally, position)
+            self._cursor["found_here"], position = 0, None
+        if not self._cursor["found"]:
             raise DataError(f"source={self.label!r} holds no document: all its files are empty")
 
-    def _without_documents(self, file: Path, tally: Tally) -> str:
+    def _documents(self, number: int, tally: Tally, position: Any) -> Iterator[str]:
+        file, cursor = self.files[number], self._cursor
+        before = sum(state.st_size for state in self._states[:number])
+        reader_type = ParquetFile if kind(file) == ".parquet" else TextFile
+        reader = self._reader = reader_type(file, self.text_keys, tally, position)
+        for text in reader.documents():
+            cursor["found"] += 1
+            cursor["found_here"] += 1
+            self.done = before + reader.done
+            yield text
+        self._check_unchanged(number)
+        self.done = before + self._states[number].st_size
+        if not reader.read:
+            tally.add(EMPTY_FILES, str(file))
+        elif not cursor["found_here"]:
+            raise DataError(self._without_documents(reader, tally))
+
+    def _check_unchanged(self, number: int) -> None:
+        # A file that shrinks ends early, and nothing else tells.
+        file, state = self.files[number], self._states[number]
+        try:
+            now = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+        if (now.st_size, now.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
+            raise DataError(f"{file} changed while it was read: run again when it is complete")
+
+    def _without_documents(self, reader: TextFile | ParquetFile, tally: Tally) -> str:
+        file = reader.file
         places = [place for kind in REASONS for place in tally.examples.get(kind, [])]
         first = next((place for place in places if place.startswith(f"{file}:")), "all are blank")
         return (
-            f"{file}: none of its {self._line:,} lines gives a document ({first}): correct or"
-            f" remove the file, or set --text_key (it is {','.join(self.text_keys)})"
+            f"{file}: none of its {reader.read:,} {reader.unit} gives a document ({first}): correct"
+            f" or remove the file, or set --text_key (it is {','.join(self.text_keys)})"
         )
 
-    def _lines(self, file: Path, tally: Tally) -> Iterator[str]:
-        """The lines of `file` with their ends, \\r\\n made \\n; DataError where it is damaged."""
-        done_before = self.done
-        self._line = 0
-        try:
-            with open(file, "rb") as raw:
-                opener = COMPRESSIONS.get(file.suffix.lower())
-                stream = io.BufferedReader(opener(raw)) if opener else raw
-                for self._line, line in enumerate(stream, 1):
-                    if self._line == 1:
-                        if line.startswith(_UTF16_MARKS):
-                            raise DataError(f"{file} is UTF-16: convert it to UTF-8")
-                        line = line.removeprefix(b"\xef\xbb\xbf")
-                    yield _decode(line, f"{file}:{self._line}", tally)
-                    self.done = done_before + raw.tell()
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{file} is damaged or truncated after line {self._line:,} ({error}): get a"
-                " whole copy"
-            ) from None
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
-        self.done = done_before + file.stat().st_size
 
-    def _texts(self, lines: Iterator[str], file: Path, tally: Tally) -> Iterator[str]:
-        """The text of every line of a .jsonl file that has one; the others are counted."""
-        for line in lines:
-            if not line.strip():
-                continue
-            place = f"{file}:{self._line}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                tally.add(MALFORMED, f"{place}: {getattr(error, 'msg', error)}")
-                continue
-            if not isinstance(record, dict):
-                tally.add(MALFORMED, f"{place}: not a JSON object")
-                continue
-            values = (record.get(key) for key in self.text_keys)
-            text = next((value for value in values if isinstance(value, str)), None)
-            if text is None:
-                keys = ", ".join(map(repr, list(record)[:5])) or "none"
-                tally.add(NO_TEXT, f"{place}: its keys are {keys}")
-            elif not text.strip():
-                tally.add(EMPTY, place)
-            else:
-                yield _without_surrogates(text, place, tally)
+def describe(root: Path, files: list[Path]) -> list[dict[str, Any]]:
+    """Path below `root`, size and time of every file, as a fingerprint holds them."""
+    states = [(file, file.stat()) for file in files]
+    return [
+        {
+            "path": str(file.relative_to(root)) if file != root else file.name,
+            "bytes": state.st_size,
+            "mtime_ns": state.st_mtime_ns,
+        }
+        for file, state in states
+    ]
 
 
-def _whole_or_cut(lines: Iterator[str]) -> Iterator[str]:
-    """The text of a .txt file: one document, or passages where it is long."""
-    return passages(lines, whole=WHOLE_CHARS)
-
-
-def _decode(line: bytes, place: str, tally: Tally) -> str:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        tally.add(REPLACED, f"{place}: byte {error.start + 1}")
-        text = line.decode("utf-8", errors="replace")
-    return text[:-2] + "\n" if text.endswith("\r\n") else text
-
-
-def _without_surrogates(text: str, place: str, tally: Tally) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        tally.add(REPLACED, f"{place}: character {error.start + 1} of the text")
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _kind(file: Path) -> str:
-    """The suffix below a compression's, in lower case: ".jsonl" for a.JSONL.xz."""
-    name = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
-    return name.suffix.lower()
+def files_below(path: Path) -> list[Path]:
+    """The files of a folder, to the bottom and sorted, hidden ones aside."""
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return files
 
 
 def _find(path: Path, label: str) -> tuple[list[Path], list[Path]]:
     """The files to read, sorted, and those of another kind; DataError where there is none."""
-    if path.is_file():
-        files = [path]
-    else:
-        files = []
-        for folder, subfolders, names in os.walk(path):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    ours = [file for file in files if _kind(file) in KINDS and file.is_file()]
+    files = [path] if path.is_file() else files_below(path)
+    ours = [file for file in files if kind(file) in KINDS and file.is_file()]
     if not ours:
         raise DataError(
-            f"source={label!r} holds no {' or '.join(KINDS)} file (also with"
-            f" {' or '.join(COMPRESSIONS)}): name a file or folder that does"
+            f"source={label!r} holds no {', '.join(KINDS[:-1])} or {KINDS[-1]} file (.txt and"
+            f" .jsonl also with {', '.join(COMPRESSIONS)}): name a file or folder that does"
         )
-    return ours, [file for file in files if file not in set(ours)]
+    known = set(ours)
+    return ours, [file for file in files if file not in known]

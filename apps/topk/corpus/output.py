@@ -1,7 +1,6 @@
 """The folder that prepare writes: whole or not at all, and recognised when it is there.
 
-It is built beside its place under a hidden name, which is locked while it is written, and
-renamed at the end. What an interrupted run left under that name is removed by the next.
+It is built in a working folder beside its place (work.py) and renamed at the end.
 
     OUT/NAME/NAME.chunk.00.jsonl ...   training documents, one JSON object a line
     OUT/NAME/NAME.val.jsonl            held-out documents
@@ -9,16 +8,17 @@ renamed at the end. What an interrupted run left under that name is removed by t
     OUT/manifest.json                  written last: counts, arguments, sizes, checksums
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from apps.topk.corpus import progress
 from lingua_topk.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
@@ -38,28 +38,23 @@ def validation_name(name: str) -> str:
     return f"{name}.val.jsonl"
 
 
-def write_documents(path: Path, documents: Iterable[str]) -> None:
-    """One {"text": ...} a line, synced to disk."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for document in documents:
-            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
-        _sync(file)
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """A file synced to disk."""
     with open(path, "wb") as file:
         file.write(content)
-        _sync(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below `folder`, by its path inside."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path: path.stat().st_size for path in paths}
+    with progress.bar("checksums", sum(sizes.values()), "B") as shown:
+        return {
+            str(path.relative_to(folder)): {"bytes": sizes[path], "sha256": _sha256(path, shown)}
+            for path in paths
+        }
 
 
 def find_finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -76,12 +71,12 @@ def find_finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> dict[st
     if overwrite:
         _refuse_foreign_files(out, manifest)
         return None
-    differences = _differences(inputs, manifest["inputs"])
+    found = differences(inputs, manifest["inputs"])
     if manifest.get("format") != FORMAT:
-        differences.append(f"format={FORMAT} (there: {manifest.get('format')})")
-    if differences:
+        found.append(f"format={FORMAT} (there: {manifest.get('format')})")
+    if found:
         raise ConfigError(
-            f"out={str(out)!r} was made with other inputs: {', '.join(differences)};"
+            f"out={str(out)!r} was made with other inputs: {', '.join(found)};"
             " choose another --out, or --overwrite true to replace it"
         )
     for name, described in manifest["files"].items():
@@ -94,82 +89,42 @@ def find_finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> dict[st
     return manifest
 
 
-def clear_leftovers(out: Path, warn: _Warn) -> None:
-    """Remove what an interrupted run left beside `out`; put back what it was replacing.
+def put_back(out: Path, warn: _Warn) -> None:
+    """Put back the `out` that a run killed by `publish` was replacing, or remove it."""
+    replaced = replaced_folder(out)
+    if not replaced.is_dir():
+        return
+    if out.exists():
+        warn(f"removing {replaced}, left by a run that was interrupted")
+        shutil.rmtree(replaced)
+    else:
+        warn(f"putting back {out}, which an interrupted run was about to replace")
+        os.rename(replaced, out)
 
-    ConfigError while another process is writing there.
+
+def publish(new: Path, out: Path, replace: bool) -> None:
+    """Make the folder `new` the folder `out`, at once.
+
+    What is in `out` gives way only with `replace`; when that fails, `out` is as it was.
     """
-    partial, replaced = _partial(out), _replaced(out)
-    if partial.is_dir():
-        with _locked(partial, out):
-            warn(f"removing {partial}, left by a run that was interrupted")
-            shutil.rmtree(partial)
-    if replaced.is_dir():
-        if out.exists():
-            warn(f"removing {replaced}, left by a run that was interrupted")
-            shutil.rmtree(replaced)
-        else:
-            warn(f"putting back {out}, which an interrupted run was about to replace")
+    replaced = replaced_folder(out)
+    for folder in (new, *(path for path in new.rglob("*") if path.is_dir())):
+        _sync_folder(folder)
+    try:
+        if replace and out.exists():
+            os.rename(out, replaced)
+        os.rename(new, out)  # fails where `out` holds files
+    except BaseException:
+        if replaced.exists() and not out.exists():
             os.rename(replaced, out)
+        raise
+    _sync_folder(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-@contextmanager
-def whole_folder(out: Path, replace: bool) -> Iterator[Path]:
-    """A new folder to write into, which becomes `out` when the block ends well.
-
-    What is in `out` gives way only with `replace`. When the block raises, the new folder is
-    removed and `out` is as it was. ConfigError while another process is writing there.
-    """
-    partial, replaced = _partial(out), _replaced(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise ConfigError(_busy(out)) from None
-    with _locked(partial, out):
-        try:
-            yield partial
-            for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-                _sync_folder(folder)
-            if replace and out.exists():
-                os.rename(out, replaced)
-            os.rename(partial, out)  # fails where `out` holds files
-            _sync_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if replaced.exists() and not out.exists():
-                os.rename(replaced, out)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(f".{out.name}.prepare-partial")
-
-
-def _replaced(out: Path) -> Path:
+def replaced_folder(out: Path) -> Path:
+    """Where the old `out` is while a new one takes its place."""
     return out.with_name(f".{out.name}.prepare-replaced")
-
-
-def _busy(out: Path) -> str:
-    return f"out={str(out)!r} is being written by another process: wait for it, or choose another"
-
-
-@contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[None]:
-    """Hold a lock on `folder` that ends with the process; ConfigError where another holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(_busy(out)) from None
-    except OSError:
-        pass  # a file system without locks: two runs at once are then the user's to avoid
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(out: Path) -> dict[str, Any]:
@@ -197,7 +152,7 @@ def _refuse_foreign_files(out: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _differences(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:
+def differences(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """What is asked for and differs from what is there, each with both values."""
     found = []
     for key in sorted(wanted.keys() | there.keys()):
@@ -213,27 +168,32 @@ def _differences(wanted: dict[str, Any], there: dict[str, Any]) -> list[str]:
 
 def _source_difference(new: list[dict[str, Any]], old: list[dict[str, Any]]) -> str:
     for one, other in zip(new, old, strict=False):
-        if one.get("path") != other.get("path"):
-            return f"source {one.get('path', one)} (there: {other.get('path', other)})"
         if one == other:
             continue
-        if "python" in one:
-            return f"python-docs of Python {one['python']} (there: {other.get('python')})"
-        return f"the files of {one['path']}, which changed since"
+        here, there = _named(one), _named(other)
+        if here == there:
+            return f"the files of {here}, which changed since"
+        return f"source {here} (there: {there})"
     return f"{len(new)} sources (there: {len(old)})"
 
 
-def _sha256(path: Path) -> str:
+def _named(source: dict[str, Any]) -> str:
+    """What a source's fingerprint says of it, without the state of its files."""
+    if "hf" in source:
+        revision = f"@{source['revision']}" if source["revision"] else ""
+        return f"hf:{source['hf']}{revision}:{source['config'] or ''}:{source['split']}"
+    if "python" in source:
+        return f"python-docs of Python {source['python']}"
+    return source.get("path", str(source))
+
+
+def _sha256(path: Path, shown: tqdm) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            shown.update(len(block))
     return digest.hexdigest()
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

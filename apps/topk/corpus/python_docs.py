@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from apps.topk.corpus.mending import without_surrogates
 from apps.topk.corpus.passages import passages
 from apps.topk.corpus.prose import is_prose, paragraphs, unwrap
 from apps.topk.corpus.tally import Tally
@@ -55,6 +56,7 @@ class PythonDocs:
     """
 
     label = "python-docs"
+    unit = " files"
 
     def __init__(self, stdlib: Path | None = None, doc_folders: list[Path] | None = None):
         self.stdlib = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
@@ -63,6 +65,16 @@ class PythonDocs:
         self.files = list(_files(self.stdlib, (".py", ".rst", ".txt")))
         self.size = len(self.doc_files) + len(self.files)  # files
         self.done = 0
+        self._found = 0
+
+    def open(self) -> None:
+        """Nothing: the files are known."""
+
+    def cursor(self) -> dict[str, int]:
+        return {"documents": self._found}
+
+    def origin(self) -> dict[str, Any] | None:
+        return None  # the fingerprint says all
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -71,22 +83,28 @@ class PythonDocs:
             "files": self.size,
         }
 
-    def documents(self, tally: Tally) -> Iterator[str]:
-        """Passages of prose, in a fixed order; DataError where the library holds no source."""
-        seen: set[str] = set()
-        found = False
-        for blocks in self._blocks():
-            new = [block for block in blocks if _first_time(block, seen)]
-            lines = "\n\n".join(new).splitlines(keepends=True)
-            for passage in passages(lines):
-                if len(passage) >= MIN_DOCUMENT:
-                    found = True
-                    yield passage
-        if not found:
+    def documents(self, tally: Tally, start: dict[str, int] | None = None) -> Iterator[str]:
+        """Passages of prose, in a fixed order, or those after the cursor `start`.
+
+        DataError where the library holds no source.
+        """
+        self._found = 0
+        for passage in self._passages():
+            self._found += 1
+            if not start or self._found > start["documents"]:
+                yield without_surrogates(passage, f"{self.label}: {self._found}", tally)
+        if not self._found:
             raise DataError(
                 f"source={self.label!r}: no documentation in {self.stdlib} (a Python without its"
                 " .py files?): use another Python, or give your own text"
             )
+
+    def _passages(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for blocks in self._blocks():
+            new = [block for block in blocks if _first_time(block, seen)]
+            lines = "\n\n".join(new).splitlines(keepends=True)
+            yield from (one for one in passages(lines) if len(one) >= MIN_DOCUMENT)
 
     def _blocks(self) -> Iterator[list[str]]:
         """The paragraphs of one help topic, module or text file after another."""

@@ -1,13 +1,20 @@
-"""Which documents are kept, which are held out, and in which order the others come.
+"""The plain definition of what prepare keeps, holds out and shuffles, all of it in memory.
 
-Everything is decided by the documents' content and the seed: neither the order of the
-files nor the names they have play a part.
+prepare itself does the same from disk (reading.py, counting.py, dealing.py), for text of any
+size; the tests hold the two against each other.
 """
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from apps.topk.corpus.draws import (
+    HELD_OUT,
+    ORDER,
+    content_hash,
+    count_held_out,
+    draw,
+    seed_key,
+)
 from lingua_topk.errors import DataError
 
 
@@ -20,14 +27,16 @@ class Split:
     duplicates: int  # documents dropped because another had the same words
 
 
-def split(documents: Iterable[str], val_share: float, seed: int) -> Split:
+def split(
+    documents: Iterable[str], val_share: float, seed: int, val_documents: int = 10**12
+) -> Split:
     """Drop duplicates, hold out `val_share` of the documents that are left, shuffle the rest.
 
-    At least one document is held out and at least one is not; DataError when there are
-    fewer than two. Two documents are duplicates when they differ in whitespace only.
+    At least one document is held out, at most `val_documents` are, and at least one is not;
+    DataError when there are fewer than two. Two documents are duplicates when they differ in
+    whitespace only.
     """
-    # All documents are held in memory here, and nowhere else: a corpus larger than
-    # memory needs another version of this function and of nothing around it.
+    key = seed_key(seed)
     kept: dict[bytes, str] = {}
     read = 0
     for document in documents:
@@ -36,13 +45,10 @@ def split(documents: Iterable[str], val_share: float, seed: int) -> Split:
         # Of duplicates the least is kept, so that the order of reading does not matter.
         kept[words] = min(document, kept.get(words, document))
     if len(kept) < 2:
-        raise DataError(
-            f"the source holds {len(kept)} distinct document: at least 2 are needed, one to train"
-            " on and one to hold out; give more text"
-        )
-    order = sorted(kept, key=lambda words: _draw(words, seed, b"held out"))
-    n_validation = min(max(round(val_share * len(kept)), 1), len(kept) - 1)
-    train = sorted(order[n_validation:], key=lambda words: _draw(words, seed, b"order"))
+        raise DataError(too_few(len(kept)))
+    order = sorted(kept, key=lambda words: draw(words, key, HELD_OUT))
+    n_validation = count_held_out(len(kept), val_share, val_documents)
+    train = sorted(order[n_validation:], key=lambda words: draw(words, key, ORDER))
     return Split(
         train=[kept[words] for words in train],
         validation=[kept[words] for words in order[:n_validation]],
@@ -50,13 +56,9 @@ def split(documents: Iterable[str], val_share: float, seed: int) -> Split:
     )
 
 
-def content_hash(document: str) -> bytes:
-    """16 bytes that documents of the same words, in the same order, share."""
-    words = " ".join(document.split())
-    return hashlib.blake2b(words.encode("utf-8"), digest_size=16).digest()
-
-
-def _draw(words: bytes, seed: int, purpose: bytes) -> bytes:
-    """A number, as bytes, drawn from a document's hash, the seed and what it is for."""
-    key = hashlib.blake2b(b"%d" % seed, digest_size=16).digest()
-    return hashlib.blake2b(words, key=key, person=purpose, digest_size=16).digest()
+def too_few(distinct: int) -> str:
+    """What is said where there is nothing to split."""
+    return (
+        f"the source holds {distinct} distinct document: at least 2 are needed, one to train"
+        " on and one to hold out; give more text"
+    )

@@ -22,9 +22,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     the same order give the same model. DataError when the text allows no such size.
     """
     model = io.BytesIO()
+    stopped: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(documents),
+            sentence_iterator=_lines(_noting(documents, stopped)),
             model_writer=model,
             vocab_size=vocab_size,
             # BPE trains eight times as fast as the unigram model at 32,000 pieces (5 s
@@ -44,6 +45,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=3,
         )
     except RuntimeError as error:
+        if stopped:
+            raise stopped[0] from None
         raise DataError(_explain(str(error), vocab_size)) from None
     return model.getvalue()
 
@@ -65,6 +68,28 @@ def bytes_per_token(model: bytes, documents: Iterable[str], max_bytes: int = 1_0
         if n_bytes >= max_bytes:
             break
     return n_bytes / max(n_tokens, 1)
+
+
+def first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
+    """The first documents, until they are `limit` bytes of UTF-8 or more."""
+    total = 0
+    for document in documents:
+        yield document
+        total += len(document.encode("utf-8"))
+        if total >= limit:
+            return
+
+
+def _noting(documents: Iterable[str], stopped: list[BaseException]) -> Iterator[str]:
+    """`documents`; what ends them early (Ctrl-C too), which SentencePiece would call an error
+    of its own, is kept in `stopped`."""
+    try:
+        yield from documents
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        stopped.append(error)
+        raise
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
