@@ -33,6 +33,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         status, text = getattr(error, "exit_status", None), str(error)
         if isinstance(error, OSError) and error.errno in FULL_DISK:

@@ -126,6 +126,14 @@ def test_every_program_answers_help(monkeypatch, capsys, program):
         assert "n_last_nontopk: 2" in text and "anneal_schedule: linear" in text
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m apps.topk.plan --help | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}
+    )
+    assert done.stderr == "" and done.stdout.startswith("usage: ")
+
+
 def test_an_error_of_a_user_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     def fails():
         raise ConfigError("x=1\nis\x1b[31m wrong")
