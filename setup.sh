@@ -149,10 +149,13 @@ link_into() {
     [[ -f "$checkout/$mark" ]] ||
       die "'$checkout' is no checkout of facebookresearch/lingua: it has no $mark"
   done
+  [[ "$checkout" != "$root"/* ]] || die "'$checkout' lies in this project: give a checkout of Lingua"
   for part in apps/topk lingua_topk; do
     link="$checkout/$part"
     if [[ -L "$link" && "$(readlink -- "$link")" == "$root/$part" ]]; then continue; fi
-    [[ ! -e "$link" && ! -L "$link" ]] || die "$link is there already: move it, then run this again"
+    [[ ! -e "$link" && ! -L "$link" ]] || die "$link is there already$(
+      [[ ! -L "$link" ]] || printf ' (it links to %s)' "$(readlink -- "$link")"
+    ): move it, then run this again"
     ln -s -- "$root/$part" "$link"
   done
 }

@@ -77,9 +77,14 @@ def choose(environ: Mapping[str, str] | None = None, cwd: Path | None = None) ->
 
 
 def _find_checkout(environ: Mapping[str, str], cwd: Path, base: Path) -> Path | None:
-    """LINGUA_HOME, relative to `base`, or else `cwd` if that is a checkout."""
+    """LINGUA_HOME, relative to `base`, or else `cwd` if that is a checkout.
+
+    In a job of stool, which begins in a copy of what it was submitted from, the copy of a
+    checkout comes first: it is what was to run.
+    """
     home = environ.get(HOME_VARIABLE)
-    if home:
+    is_copy = base != cwd and not _missing(cwd.resolve())
+    if home and not is_copy:
         root = (base / Path(home).expanduser()).resolve()
         if root == EMBEDDED_ROOT:
             raise HostError(
@@ -195,7 +200,11 @@ def _bind_in_worker(host: Host) -> _Binding:
 
 
 def _bind_apps_main(host: Host, apps_path: MutableSequence[str]) -> None:
-    """Put the host's `apps` folder first: where ours is linked into a checkout, that has a main."""
+    """Put the host's `apps` folder before any other that has a `main`, and after those without.
+
+    A checkout with our folder linked in has `topk` as well, perhaps of another copy of ours; and
+    where the embedded host is forced within a checkout, that has a `main` too.
+    """
     folder = host.root / "apps"
     main = sys.modules.get("apps.main")
     if main is not None and Path(main.__file__).resolve().parent != (folder / "main").resolve():
@@ -203,9 +212,10 @@ def _bind_apps_main(host: Host, apps_path: MutableSequence[str]) -> None:
             f"apps.main is already imported from {main.__file__}, but the host is {host.root}:"
             " import apps.topk before it, or start a new process"
         )
-    if str(folder) in apps_path:
-        apps_path.remove(str(folder))
-    apps_path.insert(0, str(folder))
+    others = [path for path in apps_path if path != str(folder)]
+    without_main = [path for path in others if not Path(path, "main").is_dir()]
+    with_main = [path for path in others if path not in without_main]
+    apps_path[:] = [*without_main, str(folder), *with_main]
 
 
 def _bind_lingua(host: Host) -> None:

@@ -27,11 +27,20 @@ class ResumableScheduler:
         return getattr(self.__dict__["scheduler"], name)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore, and push the learning rate into the optimizer."""
-        self.scheduler.load_state_dict(state_dict)
-        groups = self.scheduler.optimizer.param_groups
-        for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        """Restore, and give the optimizer the learning rate of the step to come.
+
+        By the schedule as it is now, and not as saved: Lingua's cosine is back at its peak
+        after the last step of a run, which may be given more steps.
+        """
+        scheduler = self.scheduler
+        scheduler.load_state_dict(state_dict)
+        rates = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
         self.resumed(self.scheduler.last_epoch)
 
 

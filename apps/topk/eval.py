@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from apps.topk import cli
+from apps.topk import cli, lingua_host
 from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.corpus.local_files import LocalFiles
 from apps.topk.corpus.tally import Tally
@@ -89,7 +89,9 @@ def main() -> None:
 def _main() -> None:
     args = cli.read_config(EvalArgs, PROGRAM, DESCRIPTION, NOTES)
     init_logger()
-    setup_torch_distributed(DistributedArgs())
+    # Meta Lingua's needs NCCL, which one process on a CPU does not.
+    if get_world_size() > 1 or not lingua_host.is_lingua():
+        setup_torch_distributed(DistributedArgs())
     try:
         launch_eval(args)
     finally:

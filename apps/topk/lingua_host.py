@@ -89,6 +89,8 @@ def validate(args: Any) -> None:
     """
     if not is_lingua():
         return
+    check_device()
+    _validate_data(args)
     _validate_processes(args)
     if args.eval is None:
         return
@@ -105,6 +107,45 @@ def validate(args: Any) -> None:
             f" checkpoint.dump.every={every.dump.every} or"
             f" checkpoint.eval.every={every.eval.every}"
         )
+
+
+def check_device() -> None:
+    """HostError without a GPU, where Lingua's loop would find out after it has begun to write."""
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        raise HostError(
+            f"the {host.bound().describe()} needs a CUDA device, and there is none: set"
+            f" {host.HOST_VARIABLE}=embedded, which runs on CPUs too"
+        )
+
+
+def _validate_data(args: Any) -> None:
+    """ConfigError for what Lingua would answer with an assertion or a division by zero."""
+    from lingua.distributed import get_world_size
+
+    tokenizer = args.data.tokenizer
+    if tokenizer.name != "bytes" and not Path(tokenizer.path or "").is_file():
+        raise ConfigError(
+            f"data.tokenizer.path={tokenizer.path} is not a file (from {Path.cwd()}): give the"
+            " path of the tokenizer that apps.topk.prepare made"
+        )
+    readers = get_world_size() // max(args.distributed.tp_size, 1)
+    for source in args.data.sources:
+        folder = Path(args.data.root_dir or "", source)
+        chunks = len(list(folder.glob("*.chunk.*.jsonl")))
+        if chunks == 0:
+            raise ConfigError(
+                f"data.sources: {source} is no folder with *.chunk.*.jsonl files in"
+                f" data.root_dir={args.data.root_dir} (looked for {folder} from {Path.cwd()}):"
+                " prepare it with python -m apps.topk.prepare, or correct the name"
+            )
+        if chunks > readers or readers % chunks:
+            raise ConfigError(
+                f"data.sources: {source} has {chunks} chunks for {readers} processes: Meta Lingua"
+                " needs as many processes as chunks, or a multiple (it drops the others); prepare"
+                f" with another --chunks, or set {host.HOST_VARIABLE}=embedded"
+            )
 
 
 def _validate_processes(args: Any) -> None:

@@ -32,7 +32,13 @@ def provenance(**fields: Any) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, marked when files differ from it; None outside git."""
+    """The commit of this source tree, marked when files differ from it; None outside git.
+
+    In a copy that stool made, what it wrote down.
+    """
+    copied = ROOT / ".commit"
+    if copied.is_file():
+        return copied.read_text(encoding="utf-8").strip() or None
     if not (ROOT / ".git").exists():  # installed somewhere inside another repository, perhaps
         return None
     try:

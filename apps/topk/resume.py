@@ -33,8 +33,8 @@ MAY_CHANGE = (
 )
 MAY_NOT_CHANGE_ALTHOUGH = ("distributed.model_dtype",)  # within a section that may
 PATHS = ("data.root_dir", "data.tokenizer.path")
-# The host fills these in: from the tokenizer, and from data.seq_len.
-FILLED_IN = ("model.vocab_size", "model.max_seqlen")
+# The host fills these in: from the tokenizer, data.seq_len and dump_dir.
+FILLED_IN = ("model.vocab_size", "model.max_seqlen", "checkpoint.path")
 
 
 def checkpoint_folder(args: TopKTrainArgs) -> Path:

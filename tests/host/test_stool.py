@@ -123,7 +123,7 @@ def test_what_is_copied_is_code(project):
     copied = files(project / "runs/first/code")
     assert {"tool.py", "apps/__init__.py", "apps/topk/train.py"} < set(copied)
     assert "lingua_topk/_host/apps/main/train.py" in copied
-    assert all(name.endswith(".py") for name in copied)
+    assert all(name.endswith(".py") for name in copied if name != ".commit")
     assert not any(name.startswith(("env", ".git", "runs")) for name in copied)
 
 

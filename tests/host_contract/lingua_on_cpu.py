@@ -52,6 +52,7 @@ def _stand_in():
     cuda = torch.cuda
     cuda.Event = _Event
     cuda.current_device = lambda: 0
+    cuda.device_count = lambda: 1
     cuda.get_device_name = lambda *a: "cpu stand-in"
     cuda.get_device_properties = lambda *a: types.SimpleNamespace(total_memory=1 << 34)
     cuda.memory_stats = lambda *a: {

@@ -24,6 +24,7 @@ class Job:
         code: the folder that the programs are imported from.
         origin: where that code comes from, for the reader.
         submitted_from: what relative paths of the config are relative to.
+        environment: variables that the job has to have.
         processes: those of all nodes.
         stdout: all processes write to the job's own output.
     """
@@ -42,6 +43,7 @@ class Job:
     code: Path
     origin: str
     submitted_from: Path
+    environment: dict[str, str]
     stdout: bool
 
     @property
@@ -82,6 +84,7 @@ def job_text(job: Job, has_srun: bool = True) -> str:
         "export OMP_NUM_THREADS=1",
         "export LAUNCH_WITH=SBATCH",
         f"export DUMP_DIR={shlex.quote(str(job.dump_dir))}",
+        *(f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()),
         # The program finds the first of these folders in OLDPWD.
         f"cd {shlex.quote(str(job.submitted_from))}",
         f"cd {shlex.quote(str(job.code))} || exit 1",

@@ -138,6 +138,12 @@ def validate_args(args: StoolArgs) -> None:
             f"launcher={args.launcher!r} is not installed here: on a machine without SLURM use"
             " launcher=bash, or look at the job with dry_run=true"
         )
+    home = os.environ.get("LINGUA_HOME")
+    if home and not Path(home, "lingua").is_dir():
+        raise ConfigError(
+            f"LINGUA_HOME={home!r} is no checkout of Lingua, and the job would look there: correct"
+            " it, or unset it"
+        )
     if args.nodes > 1 and not _has_srun(args):
         raise ConfigError(f"nodes={args.nodes} needs srun, which is not here: give nodes=1")
 
@@ -165,6 +171,7 @@ def launch_job(args: StoolArgs) -> int:
     write_whole(dump_dir / "base_config.yaml", OmegaConf.to_yaml(config))
     if args.copy_code:
         print(f"copied {copy_dir(Path.cwd(), code):,} files of code to {code}")
+        write_whole(code / ".commit", f"{_commit()}\n")
     script = dump_dir / "submit.slurm"
     write_whole(script, text)
     print(f"{args.launcher} {script}", flush=True)
@@ -209,6 +216,7 @@ def _job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job
         time=_time(args), partition=args.partition,
         directives=[f"--{name}={getattr(args, name)}" for name in named if getattr(args, name)],
         python=python, code=code, origin=_origin(args), submitted_from=Path.cwd(),
+        environment={k: v for k, v in sorted(os.environ.items()) if k.startswith("LINGUA_")},
         stdout=args.stdout,
     )  # fmt: skip
 
@@ -222,16 +230,20 @@ def _time(args: StoolArgs) -> int | None:
     return retrieve_max_time_per_partition().get(args.partition, DEFAULT_TIME)
 
 
-def _origin(args: StoolArgs) -> str:
-    here = Path.cwd()
+def _commit() -> str:
+    """Of the working directory, marked when files differ from it; empty outside git."""
     try:
-        answer = subprocess.run(
+        return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True, text=True, timeout=10, check=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        answer = "unknown"
-    return f"copied from {here}, commit {answer}" if args.copy_code else f"commit {answer}"
+        return ""
+
+
+def _origin(args: StoolArgs) -> str:
+    commit = f"commit {_commit() or 'unknown'}"
+    return f"copied from {Path.cwd()}, {commit}" if args.copy_code else commit
 
 
 def _show(args: StoolArgs, dump_dir: Path, text: str) -> None:

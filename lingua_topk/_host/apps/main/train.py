@@ -127,10 +127,13 @@ class TrainState:
         self.data_loader_state = state_dict["data_loader_state"]
         self.scheduler.load_state_dict(state_dict["scheduler"])
         # LambdaLR restores its own state only: without this the next step would run
-        # with the learning rate of step 0.
-        groups = self.scheduler.optimizer.param_groups
-        for group, lr in zip(groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
+        # with the learning rate of step 0. By the schedule as it is now: `steps` may differ.
+        scheduler = self.scheduler
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, factors, strict=True
+        ):
+            group["lr"] = base * factor
 
     def load_state_dicts_of_others(self, states: list[dict[str, Any]], rank: int, size: int):
         """Go on as process `rank` of `size`, after as many others as there are `states`."""
