@@ -55,6 +55,8 @@ class TopKArgs:
     def topk_layers(self, n_layers: int) -> tuple[int, ...]:
         """The indices of the blocks that get TopK, rising; ConfigError if there is none."""
         _check_layers(self.layers)
+        if n_layers < 1:
+            raise ConfigError(f"model.n_layers={n_layers} is too small: give at least 1")
         if self.layers is None:
             chosen = tuple(range(n_layers - self.n_last_nontopk))
             if not chosen:

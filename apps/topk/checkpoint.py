@@ -6,7 +6,9 @@ folder with consolidated.pth that was made from one.
 
 import json
 import logging
+import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,13 @@ class Checkpoint:
 
     def tokenizer(self):
         """The tokenizer that the model was trained with."""
-        args = dataclass_from_dict(TokenizerArgs, self.params["data"]["tokenizer"])
+        try:
+            args = dataclass_from_dict(TokenizerArgs, self.params["data"]["tokenizer"])
+        except OmegaConfBaseException as error:
+            raise CheckpointError(
+                f"{self.folder / CONFIG_NAME}: data.tokenizer is not one that this version knows"
+                f" ({one_line(str(error).splitlines()[0])})"
+            ) from None
         tokenizer = build_tokenizer(args.name, args.path)
         if tokenizer.n_words > self.model_args.vocab_size:
             raise CheckpointError(
@@ -173,13 +181,19 @@ def _read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
         sections = [params["model"], params["data"], params["distributed"]]
-        sections.append(params["data"]["tokenizer"])
-        if all(isinstance(one, dict) for one in sections) and isinstance(params["steps"], int):
+        sections += [params["data"]["tokenizer"], params["data"]["sources"]]
+        dtype = params["distributed"]["model_dtype"]
+        if (
+            all(isinstance(one, dict) for one in sections)
+            and isinstance(params["steps"], int)
+            and isinstance(dtype, str)
+            and isinstance(params["data"]["root_dir"], str | None)
+        ):
             return params
         reason = "model, data, distributed or steps is not what training writes"
     except LookupError as error:
         reason = f"{error} is missing"
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = one_line(str(error))
     raise CheckpointError(f"{path} is not the config of a training run ({reason})")
 
@@ -199,8 +213,16 @@ def _model_args(folder: Path, params: dict[str, Any]) -> TopKTransformerArgs:
 
 def _load_consolidated(path: Path, model: TopKTransformer) -> None:
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                raise ValueError("it is not as it was written, by its own checksums")
         weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
         model.load_state_dict(weights)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds other things than weights, which are not unpickled, or is damaged: give"
+            " one that consolidate_checkpoints made"
+        ) from None
     except Exception as error:  # a damaged file raises a dozen kinds
         raise CheckpointError(
             f"{path} cannot be loaded into this model: {one_line(str(error))[:300]}"

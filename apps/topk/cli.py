@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def run(main: Callable[[], None]) -> None:
         status, text = getattr(error, "exit_status", None), str(error)
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             status, text = 2, f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            status, text = 2, f"{error.filename} is no path ({error.strerror}): give a shorter one"
         if status is None:
             raise
         if _is_first_to_fail():
@@ -92,13 +95,13 @@ def read_config(
     file = command_line.pop("config", None)
     if file is None:
         raise ConfigError(f"config=FILE is missing: see python -m {program} --help")
-    return merge(args_class, (read_yaml(file), str(file)), (command_line, "the command line"))
+    return merge(args_class, (read_yaml(str(file)), str(file)), (command_line, "the command line"))
 
 
 def dot_list(argv: Sequence[str]) -> DictConfig:
     """The config that arguments of the form key=value are. ConfigError for any other form."""
     for argument in argv:
-        if "=" not in argument or argument.startswith("-"):
+        if "=" not in argument or argument.startswith(("-", "=")):
             raise ConfigError(
                 f"argument {argument!r} is not of the form key=value: write for example"
                 " config=configs/quickstart.yaml steps=100"
@@ -138,7 +141,7 @@ def read_yaml(path: str) -> DictConfig:
 def _parsed(read: Callable[[], Any], origin: str) -> Any:
     try:
         return read()
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeError) as error:
         raise ConfigError(f"{origin}: {one_line(str(error))}") from None
 
 
@@ -150,6 +153,8 @@ def _explain(error: Exception, config: DictConfig, layer: DictConfig, origin: st
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     known = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    if not known and is_dataclass(error.object_type):  # a section that is null so far
+        known = [one.name for one in fields(error.object_type)]
     if known and re.sub(r"\[\d+\]$", "", name) not in known:
         elsewhere = _same_name_elsewhere(config, name)
         hint = f"did you mean {elsewhere}?" if elsewhere else nearest(name, known)

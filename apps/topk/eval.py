@@ -116,9 +116,9 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
     longest, data = checkpoint.model_args.max_seqlen, checkpoint.params["data"]
     sources, window, context = check_validation(args.validation, data, longest)
     dtype = check_dtype(args.dtype or checkpoint.params["distributed"]["model_dtype"])
-    _make_folders(args)
     tokenizer = checkpoint.tokenizer()
     model = checkpoint.model(_device(), DTYPES[dtype], args.as_trained)
+    _make_folders(args)
     results = {}
     for name, files in sources.items():
         documents = tokenised(_texts(files, name, args.validation.max_documents), tokenizer)
@@ -136,7 +136,7 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
 
 def _make_folders(args: EvalArgs) -> None:
     """What is written in the end can be written: better known before the work than after."""
-    for field_name in ("dump_dir", "metric_log_dir"):
+    for field_name in ("metric_log_dir", "dump_dir"):
         folder = getattr(args, field_name)
         try:
             if folder and get_global_rank() == 0:

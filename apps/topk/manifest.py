@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+
+from apps.topk.index import Reader
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -38,7 +39,10 @@ def _damage_of_part(folder: Path, rank: int, size: int) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         checks = [_damage_of_file(folder, *item) for item in sorted(files.items())[rank::size]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        unlisted = {METADATA, "params.json"} - files.keys()
+        if unlisted and (folder / METADATA).is_file():
+            checks.append(f"{MANIFEST} does not list {min(unlisted)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return next(filter(None, checks), None)
 
@@ -57,10 +61,19 @@ def _damage_of_file(folder: Path, name: str, entry: dict[str, Any]) -> str | Non
     return None
 
 
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether one small file is what the manifest says; True where there is none to ask."""
+    try:
+        entry = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"][name]
+        return _damage_of_file(folder, name, entry) is None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return True
+
+
 def damage_by_index(folder: Path) -> str | None:
     """Whether the index of a distributed checkpoint names a file that is absent or too short."""
     try:
-        index = dcp.FileSystemReader(folder).read_metadata()
+        index = Reader(folder).read_metadata()
         ends = [(one.relative_path, one.offset + one.length) for one in index.storage_data.values()]
     except Exception as error:  # it is a pickle: broken ones raise anything
         return f"{METADATA} cannot be read ({error})"

@@ -91,6 +91,20 @@ def _main(argv: list[str]) -> None:
     machine = cli.merge(Machine, (cli.dot_list(own), "the command line"))
     _check(machine)
     args = cli.read_config(TopKTrainArgs, PROGRAM, "", argv=rest)
+    for name, value in (
+        ("steps", args.steps),
+        ("grad_acc_steps", args.grad_acc_steps),
+        ("data.batch_size", args.data.batch_size),
+        ("data.seq_len", args.data.seq_len),
+        ("model.n_layers", args.model.n_layers),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name}={value} is too small: give at least 1")
+    if args.distributed.model_dtype not in BYTES:
+        raise ConfigError(
+            f"distributed.model_dtype={args.distributed.model_dtype!r} is not known: choose one of"
+            f" {', '.join(BYTES)}"
+        )
     if args.model.topk is not None:
         args.model.topk.validate(args.model.n_layers)
     result = plan(args, machine)

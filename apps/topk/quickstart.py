@@ -24,6 +24,7 @@ from apps.topk.corpus.python_docs import PythonDocs
 from apps.topk.eval import PROVENANCE
 from apps.topk.model import TopKTrainArgs
 from apps.topk.prepare import prepare
+from lingua.optim import build_lr_fn
 from lingua_topk.errors import CheckpointError, ConfigError
 
 PROGRAM = "apps.topk.quickstart"
@@ -89,6 +90,9 @@ def _checked(overrides: list[str], dump_dir: Path) -> TopKTrainArgs:
     if args.model.topk is None or args.eval is None:
         raise ConfigError("model.topk and eval cannot be null here: the quickstart compares both")
     args.model.topk.validate(args.model.n_layers)
+    if args.steps < 1:
+        raise ConfigError(f"steps={args.steps} is too small: give at least 1")
+    build_lr_fn(args.optim, args.steps)  # the embedded host's refuses what cannot be
     if Path(args.data.root_dir or "").exists():
         train.validate(args)
     for name in RUNS:
@@ -102,9 +106,15 @@ def _check_same_run(folder: Path, args: TopKTrainArgs) -> None:
         return
     there = OmegaConf.to_container(cli.read_yaml(str(path)))
     wanted = asdict(args)
-    if there["model"]["topk"] is None:
+    sections = ("steps", "seed", "data", "optim", "model")
+    if not all(name in there for name in sections) or not isinstance(there["model"], dict):
+        raise ConfigError(
+            f"{path} is not the config of a training run: move {folder} away, or give"
+            " dump_dir=OTHER for a new pair of runs"
+        )
+    if there["model"].get("topk") is None:
         wanted["model"]["topk"] = None
-    for section in ("steps", "seed", "data", "optim", "model"):
+    for section in sections:
         different = _difference(wanted[section], there[section], section)
         if different:
             raise ConfigError(

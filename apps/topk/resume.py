@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apps.topk.manifest import is_as_written
 from apps.topk.model import TopKTrainArgs
 from lingua_topk.errors import ConfigError
 
@@ -48,7 +49,7 @@ def newest_params(args: TopKTrainArgs) -> tuple[Path, dict[str, Any]] | None:
     folders = [state.parent for state in states if state.parent.name.isdecimal()]
     for folder in sorted(folders, key=lambda folder: int(folder.name), reverse=True):
         params = read_params(folder)
-        if params is not None:
+        if params is not None and is_as_written(folder, "params.json"):
             return folder, params
     return None
 
@@ -57,7 +58,7 @@ def read_params(folder: Path) -> dict[str, Any] | None:
     """The config that is saved in a checkpoint; None where there is none that can be read."""
     try:
         params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return params if isinstance(params, dict) and isinstance(params.get("model"), dict) else None
 

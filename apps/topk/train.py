@@ -62,7 +62,7 @@ def _started(args: TopKTrainArgs, changes: list[str]) -> None:
     lingua_host.log_supplied()
     lingua_host.set_aside_damaged(args)
     resume.log_start(args, changes)
-    if resume.newest_params(args) is None:
+    if not any(resume.checkpoint_folder(args).glob("[0-9]*")):
         trim_records(args.dump_dir, 0)
     _write_provenance(args)
 

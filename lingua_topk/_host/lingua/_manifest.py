@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+
+from lingua._index import Reader
 
 MANIFEST_NAME = "manifest.json"
 _BLOCK = 1 << 22  # bytes
@@ -46,6 +47,12 @@ def find_damage(folder: Path) -> str | None:
     return problem
 
 
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether one small file is what the manifest says; True where there is none to ask."""
+    files = _expected_files(folder)[1] if (folder / MANIFEST_NAME).is_file() else {}
+    return name not in files or _first_difference(folder, {name: files[name]}) is None
+
+
 def _expected_files(folder: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
     """(what is wrong already, or None; what each file should be)."""
     path = folder / MANIFEST_NAME
@@ -60,8 +67,11 @@ def _expected_files(folder: Path) -> tuple[str | None, dict[str, dict[str, Any]]
                 or not entry["sha256"]
             ):
                 return f"{MANIFEST_NAME} lists what is no file of it", {}
+        for name in (".metadata", "params.json"):
+            if name not in files:
+                return f"{MANIFEST_NAME} does not list {name}", {}
         return None, files
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST_NAME} cannot be read ({error})", {}
 
 
@@ -84,7 +94,7 @@ def _first_difference(folder: Path, files: dict[str, dict[str, Any]]) -> str | N
 def _index_damage(folder: Path) -> str | None:
     """Whether a file that the index names is absent or too short."""
     try:
-        index = dcp.FileSystemReader(folder).read_metadata()
+        index = Reader(folder).read_metadata()
         ends: dict[str, int] = {}
         for entry in index.storage_data.values():
             end = entry.offset + entry.length

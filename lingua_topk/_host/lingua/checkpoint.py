@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from lingua._index import Planner, Reader
 from lingua._manifest import MANIFEST_NAME, describe_checkpoint, find_damage
 from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
@@ -209,7 +210,7 @@ def _tensor_entries(ckpt_dir: Path, model_key: str) -> dict[str, TensorStorageMe
             f" such as dump_dir/checkpoints/0000001000, not its {CONSOLIDATE_FOLDER}/"
         )
     try:
-        index = dcp.FileSystemReader(ckpt_dir).read_metadata().state_dict_metadata
+        index = Reader(ckpt_dir).read_metadata().state_dict_metadata
     except Exception as error:  # it is a pickle: broken ones raise anything
         raise CheckpointError(
             f"{ckpt_dir / METADATA_NAME} cannot be read ({error}): remove the folder to go on from"
@@ -239,7 +240,7 @@ def check_fits(model_state: dict, ckpt_dir: Path, model_key: str) -> None:
 
 def _dcp_load(state: dict, ckpt_dir: Path, no_dist: bool = False) -> None:
     try:
-        dcp.load(state, checkpoint_id=ckpt_dir, no_dist=no_dist)
+        dcp.load(state, storage_reader=Reader(ckpt_dir), planner=Planner(), no_dist=no_dist)
     except CheckpointException as error:
         raise CheckpointError(
             f"{ckpt_dir} cannot be loaded ({_first_reason(error)}): if the folder is damaged,"
@@ -404,6 +405,16 @@ class CheckpointManager:
             train_state.load_state_dicts_of_others(states, rank, size)
         return True
 
+    def _candidates(self) -> list[Path]:
+        """Newest first, what can be resumed, and what was written to be and has lost a file."""
+        folders = [path for path in self.path.iterdir() if RE_FOLDER.fullmatch(path.name)]
+        return [
+            folder
+            for folder in sorted(folders, key=_step, reverse=True)
+            if (folder / MANIFEST_NAME).is_file()
+            or (is_checkpoint(folder) and _n_train_states(folder) > 0)
+        ]
+
     def _checked(self, folder: Path) -> Path:
         check_train_states(folder)
         damage = find_damage(folder)
@@ -416,11 +427,7 @@ class CheckpointManager:
 
         A damaged one is left where it is, and replaced when the run gets there again.
         """
-        candidates = [
-            folder
-            for folder in reversed(_from_master(self.existing_saves))
-            if _from_master(_n_train_states(folder) > 0)
-        ]
+        candidates = _from_master(self._candidates())
         for folder in candidates:
             damage = find_damage(folder)
             if damage is None:

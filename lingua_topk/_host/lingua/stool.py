@@ -124,6 +124,8 @@ def validate_args(args: StoolArgs) -> None:
             raise ConfigError(f"{field.name}={value!r} is not printable: it goes into a script")
     for key in ("name", "dump_dir"):
         value = str(config[key])
+        if not isinstance(config[key], str):
+            raise ConfigError(f"{key}={value} is not text: write it in quotes")
         if not value.isprintable() or re.search(r'["%]', value):
             raise ConfigError(f'{key}={value!r} has a character that sbatch reads as its own: "%')
     if not re.fullmatch(r"\w+(\.\w+)*", args.script):
@@ -284,11 +286,15 @@ def main() -> None:
     try:
         sys.exit(launch_job(_read_args()))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
     except OSError as error:
-        print(f"error: dump_dir cannot be written: {error}", file=sys.stderr)
+        print(f"error: dump_dir cannot be written: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
 
 
 def _read_args() -> StoolArgs:
@@ -299,14 +305,15 @@ def _read_args() -> StoolArgs:
     try:
         words = OmegaConf.from_cli()
         path = words.pop("config", None)
-        if not path or not Path(path).is_file():
+        if not path or not os.path.isfile(str(path)):
             raise ConfigError(f"config={path} is not a file: give the path of a YAML file")
         args = dataclass_from_dict(StoolArgs, OmegaConf.to_container(words))
         args.config = OmegaConf.load(path)
         if not isinstance(args.config, DictConfig):
             raise ConfigError(f"config={path} holds no mapping: write one `key: value` a line")
+        OmegaConf.resolve(args.config)
         return args
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeError) as error:
         reason = f"{getattr(error, 'full_key', None) or path}: {str(error).splitlines()[0]}"
         raise ConfigError(f"{reason}; --help lists what is allowed") from None
 

@@ -358,6 +358,11 @@ class FeedForward(nn.Module):
         _at_least_one(multiple_of=multiple_of)
         hidden_dim = int(2 * hidden_dim / 3)
         if ffn_dim_multiplier is not None:
+            if not math.isfinite(ffn_dim_multiplier):
+                raise ConfigError(
+                    f"model.ffn_dim_multiplier={ffn_dim_multiplier} is not allowed: give a number"
+                    " above 0"
+                )
             hidden_dim = int(ffn_dim_multiplier * hidden_dim)
         hidden_dim = multiple_of * math.ceil(hidden_dim / multiple_of)
         if hidden_dim < 1:

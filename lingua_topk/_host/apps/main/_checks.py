@@ -1,12 +1,14 @@
 """What a run is refused for, found out before anything is written."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lingua._manifest import find_damage, is_as_written
 from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
@@ -50,6 +52,10 @@ def validate_train_args(args: "TrainArgs", output_size: int) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small: give at least {least}")
+    _validate_numbers(args)
+    for name, text in asdict(args.env).items():
+        if "\0" in text:
+            raise ConfigError(f"env.{name}={text!r} holds a NUL: an environment variable cannot")
     validate_distributed_args(args.distributed, get_world_size())
     build_lr_fn(args.optim, args.steps)  # refuses what the optimizer cannot take
     _validate_vocabulary(args, output_size)
@@ -73,6 +79,26 @@ def validate_train_args(args: "TrainArgs", output_size: int) -> None:
         args.logging.wandb.name = args.logging.wandb.name or args.name
 
 
+def _validate_numbers(args: "TrainArgs") -> None:
+    """What torch would stumble over later, or train NaN with."""
+    for name, seed in (("seed", args.seed), ("model.seed", args.model.seed)):
+        if not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"{name}={seed} is out of range: give a number of 64 bits")
+    for name, value, fits, allowed in (
+        ("rope_theta", args.model.rope_theta, args.model.rope_theta > 0, "above 0"),
+        ("norm_eps", args.model.norm_eps, args.model.norm_eps >= 0, "of at least 0"),
+        ("init_base_std", args.model.init_base_std, (args.model.init_base_std or 1) > 0, "above 0"),
+        (
+            "sliding_window",
+            args.model.sliding_window,
+            (args.model.sliding_window or 1) >= 1 and args.model.sliding_window != 0,
+            "of at least 1",
+        ),
+    ):
+        if not fits or (value is not None and not math.isfinite(value)):
+            raise ConfigError(f"model.{name}={value} is not allowed: give a number {allowed}")
+
+
 def _validate_vocabulary(args: "TrainArgs", output_size: int) -> None:
     if args.model.vocab_size < 0:
         args.model.vocab_size = output_size
@@ -87,7 +113,10 @@ def newest_checkpoint(args: CheckpointArgs) -> Path | None:
     """The checkpoint that a run would go on from, or None."""
     if not Path(args.path).is_dir():
         return None
-    return CheckpointManager(args).get_last_step_path()
+    manager = CheckpointManager(args)
+    readable = [one for one in manager.existing_saves if is_as_written(one, "params.json")]
+    manager.existing_saves = readable or manager.existing_saves
+    return manager.get_last_step_path()
 
 
 def validate_checkpoints(args: "TrainArgs", model: nn.Module) -> None:
@@ -100,6 +129,12 @@ def validate_checkpoints(args: "TrainArgs", model: nn.Module) -> None:
         if args.checkpoint.init_ckpt_path:
             _validate_initial_weights(args, model)
         return
+    if not is_as_written(newest, "params.json"):
+        raise CheckpointError(
+            f"checkpoint.path={args.checkpoint.path} holds no checkpoint whose params.json is as it"
+            f" was written (the newest is {newest}): put one back, or move the folder away to begin"
+            " anew"
+        )
     try:
         saved = json.loads((newest / "params.json").read_text(encoding="utf-8"))["model"]
         saved = _leaves(saved)
@@ -123,6 +158,9 @@ def _validate_initial_weights(args: "TrainArgs", model: nn.Module) -> None:
     folder = Path(args.checkpoint.init_ckpt_path)
     try:
         check_fits(model.state_dict(), folder, "model")
+        damage = find_damage(folder)
+        if damage:
+            raise CheckpointError(f"{folder} is damaged: {damage}: use another checkpoint")
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint.init_ckpt_path: {error}") from None
     if not hasattr(args.model, "topk") and _has_topk(folder):

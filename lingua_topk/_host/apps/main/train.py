@@ -21,10 +21,12 @@ from typing import Any, Optional
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from yaml import YAMLError
 
 from apps.main._checks import newest_checkpoint, validate_checkpoints, validate_train_args
 from apps.main.eval import EVAL_FOLDER_NAME
@@ -65,7 +67,7 @@ from lingua.distributed import (
     setup_env,
     setup_torch_distributed,
 )
-from lingua.errors import ConfigError, UserError
+from lingua.errors import CheckpointError, ConfigError, UserError
 from lingua.logger import init_logger
 from lingua.metrics import (
     GPUMemoryMonitor,
@@ -220,11 +222,19 @@ def build_model(args: TrainArgs, device: torch.device, device_mesh) -> nn.Module
         tp_parallelize=tp_parallelize,
         no_recompute_ops=get_no_recompute_ops(),
     )
-    model = model.to_empty(device=device)
+    try:
+        model = model.to_empty(device=device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model.dim={args.model.dim}, model.n_layers={args.model.n_layers} and"
+            f" data.seq_len={args.data.seq_len} need more memory than there is"
+            f" ({str(error).splitlines()[0]}): give smaller numbers, or more processes"
+        ) from None
     if args.checkpoint.init_ckpt_path:
         logger.info("initial weights from %s", args.checkpoint.init_ckpt_path)
         load_from_checkpoint(args.checkpoint.init_ckpt_path, model, model_key="model")
         model.rope_embeddings.reset_parameters()
+        _check_finite(model, args.checkpoint.init_ckpt_path)
     else:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -232,6 +242,16 @@ def build_model(args: TrainArgs, device: torch.device, device_mesh) -> nn.Module
             model.init_weights()
     check_model_value_range(model, range=10.0, std=1.0)
     return model
+
+
+def _check_finite(model: nn.Module, folder: str) -> None:
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not torch.isfinite(local).all():
+            raise CheckpointError(
+                f"checkpoint.init_ckpt_path={folder}: {name} holds NaN or infinite values: use an"
+                " earlier checkpoint"
+            )
 
 
 @dataclass
@@ -295,8 +315,14 @@ def train(args: TrainArgs) -> None:
     tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
     # Whatever can be refused is refused here: nothing has been written yet.
     validate_train_args(args, tokenizer.n_words)
-    with torch.device("meta"):
-        model = LMTransformer(args.model)
+    try:
+        with torch.device("meta"):
+            model = LMTransformer(args.model)
+    except RuntimeError as error:  # sizes that overflow
+        raise ConfigError(
+            f"model.dim={args.model.dim} with model.n_layers={args.model.n_layers} makes no model"
+            f" ({str(error).splitlines()[0]}): give smaller numbers"
+        ) from None
     validate_checkpoints(args, model)
     dump_dir = Path(args.dump_dir)
     newest = newest_checkpoint(args.checkpoint)
@@ -326,7 +352,7 @@ def train(args: TrainArgs) -> None:
 
 def _write_config(args: TrainArgs, dump_dir: Path) -> None:
     try:
-        for folder in (dump_dir, Path(args.checkpoint.path)):
+        for folder in (Path(args.checkpoint.path), dump_dir):
             folder.mkdir(parents=True, exist_ok=True)
         dump_config(args, dump_dir / "config.yaml", log_config=False)
     except OSError as error:
@@ -544,15 +570,31 @@ def _finish(args: TrainArgs, newest: Path) -> None:
     _evaluate_if_missing(args, newest)
 
 
-def main() -> None:
-    cli_args = OmegaConf.from_cli()
-    if "config" not in cli_args:
-        sys.exit("usage: python -m apps.main.train config=FILE [key=value ...]")
-    file_cfg = OmegaConf.load(cli_args.config)
-    del cli_args.config
-    cfg = OmegaConf.merge(OmegaConf.structured(TrainArgs()), file_cfg, cli_args)
-    args = OmegaConf.to_object(cfg)
+def _read_args() -> TrainArgs:
+    """Defaults < config=FILE < the command line. ConfigError for what these cannot be."""
+    path = "the command line"
     try:
+        words = OmegaConf.from_cli()
+        path = words.pop("config", None)
+        if path is None:
+            raise ConfigError(
+                "config=FILE is missing: python -m apps.main.train config=FILE key=value"
+            )
+        if not Path(str(path)).is_file():
+            raise ConfigError(f"config={path} is not a file: give the path of a YAML file")
+        config = OmegaConf.merge(OmegaConf.structured(TrainArgs()), OmegaConf.load(path), words)
+        return OmegaConf.to_object(config)
+    except (OmegaConfBaseException, YAMLError, UnicodeError, TypeError) as error:
+        where = getattr(error, "full_key", None) or path
+        raise ConfigError(
+            f"{where}: {str(error).splitlines()[0]}: correct it (config={path}); the keys are those"
+            " of TrainArgs in apps/main/train.py"
+        ) from None
+
+
+def main() -> None:
+    try:
+        args = _read_args()
         if args.eval is not None:
             raise ConfigError(
                 "eval is set, but apps.main.train of the embedded host does not evaluate: start"
@@ -562,7 +604,8 @@ def main() -> None:
         train(args)
     except UserError as error:
         if get_is_master():
-            print(f"error: {error}", file=sys.stderr)
+            line = "".join(c if c.isprintable() else " " for c in str(error))
+            print(f"error: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(error.exit_status)
 
 

@@ -1,0 +1,78 @@
+"""Reading a distributed checkpoint without running what may be hidden in it.
+
+Its index, .metadata, is a pickle, and so is each object among its data (the optimizer's
+settings): torch reads both without a limit. Here an index is made of the names that torch
+writes there and of no other, objects are those that weights_only=True allows, and data are
+compared with the CRCs that torch.save wrote with them.
+"""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+METADATA_NAME = ".metadata"
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader of a folder, for folders that anybody may have written."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        rank = kwargs.get("rank")
+        name = METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
+        with open(Path(self.path, name), "rb") as file:
+            index = _Unpickler(file).load()
+        if not isinstance(index, Metadata):
+            raise pickle.UnpicklingError("it is no index of a checkpoint")
+        if getattr(index, "storage_meta", None) is None:
+            index.storage_meta = StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        file.seek(sinfo.offset)
+        part = io.BytesIO(file.read(sinfo.length))  # torch's own view cannot seek from the end
+        if zipfile.ZipFile(part).testzip() is not None:
+            raise zipfile.BadZipFile(f"{sinfo.relative_path} is not as it was written")
+        part.seek(0)
+        return part
+
+
+class Planner(DefaultLoadPlanner):
+    """torch's planner; objects pass through weights_only=True."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
