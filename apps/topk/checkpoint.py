@@ -17,12 +17,12 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from apps.topk.cli import one_line
-from apps.topk.manifest import find_damage
 from apps.topk.model import TopKTransformer, TopKTransformerArgs
 from lingua.args import dataclass_from_dict
 from lingua.checkpoint import load_from_checkpoint
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from lingua_topk import topk_handle
+from lingua_topk._host.lingua._manifest import find_damage
 from lingua_topk.anneal import alpha_at
 from lingua_topk.errors import CheckpointError
 
@@ -143,7 +143,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f" the folder of one checkpoint{_example(folder)}"
         )
     params = _read_params(folder / CONFIG_NAME)
-    damage = find_damage(folder)
+    damage = find_damage(folder) if (folder / METADATA_NAME).is_file() else None
     if damage:
         raise CheckpointError(f"ckpt_dir={folder} is damaged: {damage}: use another checkpoint")
     return Checkpoint(

@@ -15,7 +15,7 @@ from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.corpus.local_files import LocalFiles
 from apps.topk.corpus.tally import Tally
 from apps.topk.provenance import provenance, write_json
-from apps.topk.records import trim_records
+from apps.topk.records import drop_step
 from apps.topk.validation import measures, negative_log_likelihoods, tokenised
 from lingua.distributed import (
     DistributedArgs,
@@ -250,7 +250,7 @@ def _append(path: Path, results: dict[str, dict[str, Any]], step: int | None) ->
     if step is not None:
         line["global_step"] = step
     if path.is_file() and step is not None:
-        trim_records(path.parent, step - 1, [path.name])
+        drop_step(path, step)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

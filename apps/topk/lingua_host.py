@@ -5,7 +5,6 @@ Nothing here has an effect on the embedded host. The table in the README lists t
 """
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -151,11 +150,12 @@ def _validate_data(args: Any) -> None:
 def _validate_processes(args: Any) -> None:
     """Lingua goes on with any number, each from the newest checkpoint that it has a part in."""
     from lingua.distributed import get_world_size
+    from lingua_topk._host.lingua._manifest import n_writers
 
     whole = [folder for folder in _checkpoints(args) if _damage(folder) is None]
-    if whole and _n_writers(whole[-1]) != get_world_size():
+    if whole and n_writers(whole[-1]) != get_world_size():
         raise ConfigError(
-            f"{whole[-1]} was saved by {_n_writers(whole[-1])} processes, and this run has"
+            f"{whole[-1]} was saved by {n_writers(whole[-1])} processes, and this run has"
             f" {get_world_size()}: Meta Lingua would give some of them other weights; start as"
             f" many, or set {host.HOST_VARIABLE}=embedded, which goes on with any number"
         )
@@ -166,12 +166,6 @@ def _checkpoints(args: Any) -> list[Path]:
     folder = Path(args.checkpoint.path or Path(args.dump_dir, "checkpoints"))
     found = (path for path in folder.glob("*") if re.fullmatch(r"\d{10,}", path.name))
     return sorted(found, key=lambda path: int(path.name))
-
-
-def _n_writers(folder: Path) -> int:
-    """How many processes wrote a checkpoint; each has a file of its own in it."""
-    names = (re.fullmatch(r"__(\d+)_\d+\.distcp", path.name) for path in folder.iterdir())
-    return max((int(name[1]) + 1 for name in names if name), default=0)
 
 
 def set_aside_damaged(args: Any) -> None:
@@ -188,7 +182,7 @@ def set_aside_damaged(args: Any) -> None:
 
     if get_is_master():
         for folder in _checkpoints(args):
-            problem = _damage(folder, args.distributed.tp_size)
+            problem = _damage(folder)
             if problem:
                 aside = folder.with_name(f"damaged_{folder.name}")
                 logger.warning("%s is set aside as %s: %s", folder, aside.name, problem)
@@ -198,23 +192,13 @@ def set_aside_damaged(args: Any) -> None:
         dist.barrier()
 
 
-def _damage(folder: Path, tp_size: int = 1) -> str | None:
+def _damage(folder: Path) -> str | None:
     """What a checkpoint lacks, or None."""
-    for name in (".metadata", "params.json"):
-        if not (folder / name).is_file():
-            return f"it has no {name}"
-    states = list(folder.glob("train_state_*.json"))
-    expected = _n_writers(folder) // max(tp_size, 1)
-    if len(states) < expected:
-        return f"it has {len(states)} of {expected} train_state files"
-    for path in (folder / "params.json", *states):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"{path.name} cannot be read"
-    from apps.topk.manifest import damage_by_index
+    from lingua_topk._host.lingua._manifest import damage_without_manifest
 
-    return damage_by_index(folder)
+    if not any(folder.glob("train_state_*.json")):
+        return "it has no train_state files"
+    return damage_without_manifest(folder)
 
 
 class Stops(dict):
@@ -246,7 +230,8 @@ class Stops(dict):
         if signum == signal.SIGINT:
             signal.signal(signum, signal.default_int_handler)
         logger.warning("signal %s: saving and ending after this step", signal.Signals(signum).name)
-        self["flag"] = self._ends = True
+        self._ends = not super().__getitem__("flag")  # a limit announced by SIGUSR2 stays one
+        self["flag"] = True
 
     def __getitem__(self, name: str) -> bool:
         if not self.is_step_done:
@@ -267,6 +252,5 @@ def is_finished(args: Any) -> bool:
     """Whether the run has done all its steps already, on which Meta Lingua's loop breaks."""
     if not is_lingua():
         return False
-    folder = Path(args.checkpoint.path or Path(args.dump_dir, "checkpoints"))
-    done = [int(state.parent.name) for state in folder.glob("[0-9]*/train_state_00000.json")]
-    return bool(done) and max(done) >= args.steps
+    done = [folder for folder in _checkpoints(args) if int(folder.name) >= args.steps]
+    return any(_damage(folder) is None for folder in done)

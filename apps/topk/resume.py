@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from apps.topk.manifest import is_as_written
 from apps.topk.model import TopKTrainArgs
+from lingua.distributed import get_world_size
+from lingua_topk._host.lingua._manifest import is_as_written
 from lingua_topk.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,13 @@ MAY_CHANGE = (
     "data.max_malformed",
     "model.topk.dead_window",
 )
-MAY_NOT_CHANGE_ALTHOUGH = ("distributed.model_dtype",)  # within a section that may
+MAY_NOT_CHANGE_ALTHOUGH = (  # within a section that may
+    "distributed.model_dtype",
+    "distributed.float8_recipe",
+    "distributed.float8_filter",
+)
+# These may where the number of processes changes and the tokens of a step do not.
+SHARE_OF_BATCH = ("grad_acc_steps", "data.batch_size")
 PATHS = ("data.root_dir", "data.tokenizer.path")
 # The host fills these in: from the tokenizer, data.seq_len and dump_dir.
 FILLED_IN = ("model.vocab_size", "model.max_seqlen", "checkpoint.path")
@@ -71,7 +78,9 @@ def check_unchanged(args: TopKTrainArgs) -> list[str]:
     folder, saved = found
     _check_kind(args, folder, saved)
     changes = list(_changes(saved, asdict(args)))
-    refused = [change for change in changes if not _may_change(change[0])]
+    keeps_batch = _keeps_batch(args, folder, saved)
+    allowed = SHARE_OF_BATCH if keeps_batch else ()
+    refused = [one for one in changes if not _may_change(one[0]) and one[0] not in allowed]
     if refused:
         key, old, new = refused[0]
         more = f" ({len(refused)} such differences)" if len(refused) > 1 else ""
@@ -79,7 +88,26 @@ def check_unchanged(args: TopKTrainArgs) -> list[str]:
             f"{key}={new}, but the run in dump_dir={args.dump_dir} has {old} (in {folder}){more}:"
             " give that value to resume it, or another dump_dir to start a new run"
         )
-    return [f"{key}: {old} -> {new}" for key, old, new in changes]
+    lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
+    before = len(list(folder.glob("train_state_*.json")))
+    now = get_world_size() // max(args.distributed.tp_size, 1)
+    if before != now and not keeps_batch:
+        lines.append(
+            f"processes: {before} -> {now}, and with them the sequences of a step; to keep those,"
+            " change grad_acc_steps or data.batch_size to match"
+        )
+    return lines
+
+
+def _keeps_batch(args: TopKTrainArgs, folder: Path, saved: dict[str, Any]) -> bool:
+    """Whether another number of processes takes as many sequences a step as those before."""
+    before = len(list(folder.glob("train_state_*.json")))
+    now = get_world_size() // max(args.distributed.tp_size, 1)
+    try:
+        sequences = before * saved["grad_acc_steps"] * saved["data"]["batch_size"]
+    except (LookupError, TypeError):
+        return False
+    return before != now and sequences == now * args.grad_acc_steps * args.data.batch_size
 
 
 def _check_kind(args: TopKTrainArgs, folder: Path, saved: dict[str, Any]) -> None:

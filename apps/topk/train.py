@@ -15,7 +15,7 @@ from apps.topk import cli, lingua_host, resume
 from apps.topk.eval import EvalArgs, ValidationArgs, check_dtype, check_validation
 from apps.topk.model import TopKTrainArgs
 from apps.topk.provenance import provenance, write_json
-from apps.topk.records import trim_records
+from apps.topk.records import set_aside_records, trim_records
 from apps.topk.seam import install
 from lingua.distributed import get_is_master, get_world_size
 from lingua_topk import TopKArgs
@@ -63,12 +63,16 @@ def _started(args: TopKTrainArgs, changes: list[str]) -> None:
     lingua_host.set_aside_damaged(args)
     resume.log_start(args, changes)
     if not any(resume.checkpoint_folder(args).glob("[0-9]*")):
-        trim_records(args.dump_dir, 0)
+        set_aside_records(args.dump_dir)
     _write_provenance(args)
 
 
 def _resumed(args: TopKTrainArgs, step: int) -> None:
     trim_records(args.dump_dir, step)
+    if get_is_master():
+        for result in Path(args.dump_dir, "evals").glob("[0-9]*/validation.json"):
+            if int(result.parent.name) > step:  # made again, with its line in the records
+                result.unlink()
 
 
 def _write_provenance(args: TopKTrainArgs) -> None:

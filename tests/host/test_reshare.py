@@ -36,9 +36,9 @@ def read(state, n_documents):
     return texts, state
 
 
-def loader_state(shares):
+def loader_state(shares, root=""):
     """What a checkpoint holds of one process, as far as it matters here."""
-    choice = {"source_to_state": shares, "rng_state": RNG}
+    choice = {"source_to_state": shares, "rng_state": RNG, "root_dir": str(root)}
     return {"it_state": {"it_state": {"it_state": choice}}, "rng_state": RNG}
 
 
@@ -54,8 +54,8 @@ def shares_after(states, folder, size):
     """The shares of `size` processes that go on after `states`."""
     old = [json.loads(json.dumps(loader_state({"text": state}))) for state in states]
     for rank in range(size):
-        new = loader_state({"text": share(folder, rank, size)})
-        choice = reshare(old, new, rank, step=7)["it_state"]["it_state"]["it_state"]
+        new = loader_state({"text": share(folder, rank, size)}, folder.parent)
+        choice = reshare(old, new, rank, size, step=7)["it_state"]["it_state"]["it_state"]
         yield choice["source_to_state"]["text"]
 
 
@@ -94,6 +94,40 @@ def test_nothing_of_the_pass_is_left_out(tmp_path_factory, data):
     # A process reads nothing twice itself.
     for one in shares:
         assert max(Counter(rest_of_pass(one)).values(), default=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n_files"), [(4, 1, 4), (8, 4, 32), (8, 4, 8), (4, 8, 16), (2, 3, 6)]
+)
+def test_of_the_rest_of_a_pass_nearly_nothing_is_read_twice_and_all_have_as_much(
+    tmp_path, before, after, n_files
+):
+    """Each process before has read half of its share; none shared a file with another."""
+    write_files(tmp_path / "text", [24] * n_files)
+    had, states = set(), []
+    for rank in range(before):
+        texts, state = read(share(tmp_path / "text", rank, before), 12 * n_files // before)
+        had.update(texts)
+        states.append(state)
+    shares = list(shares_after(states, tmp_path / "text", after))
+    still = [rest_of_pass(one) for one in shares]
+    assert sorted(t for texts in still for t in texts) == sorted(
+        {f"{n}:{line}" for n in range(n_files) for line in range(24)} - had
+    )
+    assert max(map(len, still)) - min(map(len, still)) <= 24
+
+
+def test_the_next_pass_has_all_of_it_again_and_states_in_between_resume(tmp_path):
+    write_files(tmp_path / "text", [10] * 4)
+    states = [read(share(tmp_path / "text", rank, 4), 3 + rank)[1] for rank in range(4)]
+    (one,) = shares_after(states, tmp_path / "text", 1)
+    n_left = 40 - (3 + 4 + 5 + 6)
+    texts, _ = read(one, n_left + 40)
+    assert len(set(texts[:n_left])) == n_left
+    assert sorted(texts[n_left:]) == sorted(f"{n}:{line}" for n in range(4) for line in range(10))
+    for n in (0, 1, n_left - 1, n_left, n_left + 1):
+        _, between = read(one, n)
+        assert read(json.loads(json.dumps(between)), n_left + 40 - n)[0] == texts[n:]
 
 
 def test_the_place_is_the_first_that_one_had_still_to_read(tmp_path):
@@ -144,7 +178,7 @@ def test_the_loader_goes_on_in_another_number_of_processes(tmp_path, before, aft
     with caplog.at_level("INFO"):
         for rank in range(after):
             new = init_dataloader_state_from_args(args, rank, after)
-            state = json.loads(json.dumps(reshare(old, new, rank, step=4)))
+            state = json.loads(json.dumps(reshare(old, new, rank, after, step=4)))
             first, second = batches(state, 2)
             again = batches(first[1], 1)[0]  # its own states resume as any other
             assert (again[0] == second[0]).all()

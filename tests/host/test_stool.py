@@ -30,7 +30,8 @@ eval: {validation: {sources: [text/text.val.jsonl], use_val_from_train_src: fals
 # Writes down its words, then runs the command for one process.
 SRUN = """#!/bin/bash
 echo "$PWD $*" >"$(dirname "$0")/srun.words"
-while [[ "$1" == -* ]]; do shift 2; done
+while [[ "$1" == -* ]]; do [[ "$1" == *=* ]] && shift || shift 2; done
+unset SLURM_JOB_ID
 exec "$@"
 """
 
@@ -127,9 +128,33 @@ def test_what_is_copied_is_code(project):
     assert not any(name.startswith(("env", ".git", "runs")) for name in copied)
 
 
+def test_a_folder_that_is_reached_twice_is_copied_twice_and_one_around_it_not(project):
+    """A link into the project, and one to the folder that holds it."""
+    (project / "mylib").mkdir()
+    (project / "mylib" / "code.py").touch()
+    (project / "another").mkdir()
+    (project / "another" / "mylib").symlink_to(project / "mylib")
+    (project / "mylib" / "around").symlink_to(project)
+    submit(project, "launcher=echo", "ngpu=1")
+    copied = files(project / "runs/first/code")
+    assert {"mylib/code.py", "another/mylib/code.py"} < set(copied)
+    assert not any("around" in name for name in copied)
+
+
+def test_a_job_knows_its_commit_and_where_lingua_is(project, tmp_path):
+    home = tmp_path / "lingua home"
+    (home / "lingua").mkdir(parents=True)
+    submit(project, "launcher=echo", "ngpu=1", LINGUA_HOME=str(home))
+    script = (project / "runs/first/submit.slurm").read_text("utf-8")
+    assert f"export LINGUA_HOME='{home}'\n" in script
+    assert (project / "runs/first/code/.commit").is_file()
+    assert_refused(submit(project, "launcher=echo", LINGUA_HOME="/nope"), "LINGUA_HOME='/nope'")
+
+
 def test_the_files_of_a_job(project):
     stand_in(project, "srun", SRUN)
-    done = submit(project, "launcher=bash", "ngpu=1", "qos=high", "account=us", "time=90")
+    words = ["launcher=bash", "ngpu=1", "qos=high", "account=us", "time=90"]
+    done = submit(project, *words, SLURM_JOB_ID="1")
     assert done.returncode == 0, done.stderr[-3000:]
     run = project / "runs" / "first"
     script = (run / "submit.slurm").read_text("utf-8")
@@ -143,14 +168,16 @@ def test_the_files_of_a_job(project):
     assert (run / "logs").is_dir()
     config = OmegaConf.load(run / "base_config.yaml")
     assert config.dump_dir == str(run) and config.data.root_dir == str(project)
-    folder, _, words = (project / "bin/srun.words").read_text("utf-8").partition(" -n ")
+    folder, _, words = (
+        (project / "bin/srun.words").read_text("utf-8").partition(" --kill-on-bad-exit=1 -n ")
+    )
     assert folder == str(run / "code")
     assert words.startswith(f"1 -N 1 -o {run}/logs/%j_%t.out -e {run}/logs/%j_%t.err ")
 
 
 def test_all_output_in_one_place_if_asked(project):
     script = submit(project, "dry_run=true", "stdout=true", "time=5").stdout
-    assert "srun -n 8 -N 1 " in script and "%t" not in script
+    assert "srun --kill-on-bad-exit=1 -n 8 -N 1 " in script and "%t" not in script
 
 
 def test_a_dry_run_shows_the_job_and_writes_nothing(project):
@@ -194,7 +221,8 @@ def test_a_failing_program_is_a_failing_job(project):
         (["launcher=srungle"], "launcher='srungle' is not installed here"),
         (["launcher=bash", "nodes=2"], "nodes=2 needs srun"),
         (["anaconda=/nowhere"], "anaconda=/nowhere has no bin/python"),
-        (["qos=a\tb"], "qos='a\\tb' is not printable"),
+        (["qos=a\tb"], "qos='a\\tb' has a character that sbatch reads as its own"),
+        (["account=p#q"], "account='p#q' has a character that sbatch reads as its own"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(project, words, said):
@@ -209,6 +237,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(project, words, said):
         ("dump_dir", None, "config needs dump_dir and name"),
         ("name", "", "config needs dump_dir and name"),
         ("name", 'a"b', "sbatch reads as its own"),
+        ("name", "a'b", "sbatch reads as its own"),
+        ("name", "a#b", "sbatch reads as its own"),
+        ("dump_dir", "a\\b", "sbatch reads as its own"),
         ("dump_dir", "runs/100%", "sbatch reads as its own"),
         ("dump_dir", ".", "holds the code that would be copied"),
         ("dump_dir", "..", "holds the code that would be copied"),
@@ -275,7 +306,7 @@ def test_the_environment_of_the_job(in_project, tmp_path, capsys):
             )
         )  # fmt: skip
         script = capsys.readouterr().out
-        assert f"srun -n 8 -N 1 -o {in_project}" in script.replace("'", "")
+        assert f"srun --kill-on-bad-exit=1 -n 8 -N 1 -o {in_project}" in script.replace("'", "")
         assert f"{prefix}/bin/python -u -m tool" in script
         for line in lines:
             assert line in script

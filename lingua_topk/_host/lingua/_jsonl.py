@@ -60,6 +60,7 @@ class JSONLState(_OneFileState, total=False):
     size: int  # bytes of the file
     parts: list[JSONLPart]
     part: int
+    begun: list[list[int]]  # [byte, line] a part: where this pass begins in it, if not at its start
 
 
 class Document(dict):
@@ -201,6 +202,7 @@ def _state(
     current_iter: int,
     malformed: int = 0,
     size: int | None = None,
+    begun: list[list[int]] | None = None,
 ) -> JSONLState:
     current = parts[part]
     state = JSONLState(
@@ -218,6 +220,8 @@ def _state(
         state["size"] = size
     if len(parts) > 1 or current["n_offsets"] > 1:
         state["parts"], state["part"] = parts, part
+    if begun:
+        state["begun"] = begun
     return state
 
 
@@ -236,6 +240,7 @@ def _read_rest(
     # Without a line number the line is known modulo block_size, which is enough to go on.
     line = state.get("line", 0 if position == 0 else state["offset"] + 1)
     malformed, size_then = state.get("malformed", 0), state.get("size")
+    begun = state.get("begun")
     for index in range(state.get("part", 0), len(parts)):
         part = parts[index]
         n_judged = _n_before(part, line) if numbered else 0
@@ -244,9 +249,12 @@ def _read_rest(
             number = next_line if numbered else None
             yield (
                 document,
-                _state(parts, index, after, number, current_iter, tally.n_malformed, files.size),
+                _state(
+                    parts, index, after, number, current_iter, tally.n_malformed, files.size, begun
+                ),
             )
-        position, line, numbered, malformed, size_then = 0, 0, True, 0, None
+        position, line = begun[index + 1] if begun and index + 1 < len(parts) else (0, 0)
+        numbered, malformed, size_then = True, 0, None
 
 
 def read_share(
@@ -259,7 +267,8 @@ def read_share(
     """
     tally, files = Tally(max_malformed), WatchedFiles()
     while True:
-        is_whole_pass = state["position"] == 0 and state.get("part", 0) == 0
+        is_at_start = state["position"] == 0 and state.get("part", 0) == 0
+        is_whole_pass = is_at_start and "begun" not in state
         n_usable = 0
         for document, after in _read_rest(state, tally, files):
             yield document, after

@@ -3,17 +3,21 @@
 manifest.json, written last, is {"files": {name: {"bytes": int, "sha256": hex}}}. A checkpoint
 that Meta Lingua wrote has none; there the index of torch.distributed.checkpoint says how
 long each file must at least be.
+
+apps.topk checks checkpoints by this module on both hosts, under its name within lingua_topk:
+it and what it imports need nothing else of the host.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from lingua._index import Reader
+from ._index import Reader
 
 MANIFEST_NAME = "manifest.json"
 _BLOCK = 1 << 22  # bytes
@@ -57,7 +61,7 @@ def _expected_files(folder: Path) -> tuple[str | None, dict[str, dict[str, Any]]
     """(what is wrong already, or None; what each file should be)."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return _index_damage(folder), {}
+        return damage_without_manifest(folder), {}
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
@@ -80,15 +84,52 @@ def _first_difference(folder: Path, files: dict[str, dict[str, Any]]) -> str | N
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes and should have {entry['bytes']}"
         try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes and should have {entry['bytes']}"
             if _sha256(path) != entry["sha256"]:
                 return f"{name} is not as it was written (by its checksum)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def damage_without_manifest(folder: Path) -> str | None:
+    """What a checkpoint lacks that Meta Lingua writes in place, file by file, or None."""
+    for name in (".metadata", "params.json"):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    states = sorted(folder.glob("train_state_*.json"))
+    for path in (folder / "params.json", *states):
+        if not isinstance(_read_json(path), dict):
+            return f"{path.name} cannot be read"
+    expected = n_writers(folder) // _tp_size(folder)
+    if states and len(states) < expected:
+        return f"it has {len(states)} of {expected} train_state files"
+    return _index_damage(folder)
+
+
+def n_writers(folder: Path) -> int:
+    """How many processes wrote a checkpoint; each has a file of its own in it."""
+    names = (re.fullmatch(r"__(\d+)_\d+\.distcp", path.name) for path in folder.iterdir())
+    return max((int(name[1]) + 1 for name in names if name), default=0)
+
+
+def _tp_size(folder: Path) -> int:
+    """Of the run that saved it: a train state is written by the first of so many processes."""
+    try:
+        return max(int(_read_json(folder / "params.json")["distributed"]["tp_size"]), 1)
+    except (LookupError, TypeError, ValueError):
+        return 1
+
+
+def _read_json(path: Path) -> Any:
+    """The content, None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _index_damage(folder: Path) -> str | None:

@@ -1,9 +1,9 @@
 """The places in the data from which another number of processes goes on.
 
-The lines of a file are dealt anew to the processes, and what the old ones had read is no
-longer a part of one process's share. So every file is read on from the first line that one
-of them had still to read. Nothing is skipped; what the others were ahead is read twice, and so
-is what was in their shuffling windows.
+The files are dealt anew, so that each process has as much left of this pass as any other, and
+every file is read on from the first line that one of those before had still to read. Nothing
+is skipped; what the others of them were ahead in the same file is read twice, and so is what was
+in their shuffling windows.
 """
 
 import logging
@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lingua._jsonl import JSONLState, parts_of
+from lingua._jsonl import JSONLPart, JSONLState, parts_of, start_of
 from lingua._packing import PrefetchState
+from lingua._shares import find_and_sanitize_chunks, parts_of_rank, source_folder
+from lingua.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +39,23 @@ class Progress:
     last: Place
 
 
-def reshare(old: list[PrefetchState], new: PrefetchState, rank: int, step: int) -> PrefetchState:
+def reshare(
+    old: list[PrefetchState], new: PrefetchState, rank: int, world_size: int, step: int
+) -> PrefetchState:
     """The state from which process `rank` goes on at `step`, after `old`, those of all before.
 
-    new: its state at the beginning of a run, which says what its share is.
+    new: its state at the beginning of a run. DataError where a file is gone.
     """
     choice = _choice(new)
     shares = {}
-    for source, share in choice["source_to_state"].items():
+    for source in choice["source_to_state"]:
         progress = progress_of([_choice(state)["source_to_state"][source] for state in old])
         if rank == 0:
             _log(source, progress)
-        shares[source] = _share_from(share, progress)
+        folder = source_folder(choice["root_dir"], source)
+        files = find_and_sanitize_chunks(folder, world_size)
+        dealt = _dealt(files, progress, min(world_size, len(files)))
+        shares[source] = _share_from(parts_of_rank(dealt, rank, world_size), progress)
     choice = {
         **choice,
         "source_to_state": shares,
@@ -71,7 +78,7 @@ def progress_of(shares: list[JSONLState]) -> dict[str, Progress]:
     for share in shares:
         current, passes = share.get("part", 0), share["current_iter"]
         for index, part in enumerate(parts_of(share)):
-            path = part["file_path"]
+            path = os.path.realpath(part["file_path"])
             is_at_end = index == current and _is_at_end(path, share["position"])
             if index < current or is_at_end:  # done in this pass
                 place = Place(passes + 1, 0, 0)
@@ -84,43 +91,65 @@ def progress_of(shares: list[JSONLState]) -> dict[str, Progress]:
     return found
 
 
-def _share_from(share: JSONLState, progress: dict[str, Progress]) -> JSONLState:
-    """The share, to be read on from its first part that is not done in the earliest pass."""
-    parts = parts_of(share)
-    beginning = Place(0, 0, 0)
-    places = [
-        progress[part["file_path"]].first if part["file_path"] in progress else beginning
-        for part in parts
-    ]
+def _dealt(files: list[str], progress: dict[str, Progress], n_hands: int) -> list[str]:
+    """The files in an order in which each of `n_hands` equal runs has as many that are done."""
+    by_what_is_left = sorted(files, key=lambda path: _first(path, progress))
+    return [path for hand in range(n_hands) for path in by_what_is_left[hand::n_hands]]
+
+
+def _first(path: str, progress: dict[str, Progress]) -> Place:
+    known = progress.get(os.path.realpath(path))
+    return known.first if known else Place(0, 0, 0)
+
+
+def _share_from(parts: list[JSONLPart], progress: dict[str, Progress]) -> JSONLState:
+    """The share of these parts, read on where each of them is in the earliest pass of all."""
+    places = [_first(part["file_path"], progress) for part in parts]
     passes = min(place.current_iter for place in places)
+    begun = [
+        [place.position, place.line] if place.current_iter == passes else [_size(path), 0]
+        for place, path in zip(places, (part["file_path"] for part in parts), strict=True)
+    ]
     index = next(i for i, place in enumerate(places) if place.current_iter == passes)
-    place, part = places[index], parts[index]
+    part = parts[index]
     state = JSONLState(
         **{
-            **share,
+            **start_of(parts),
             "file_path": part["file_path"],
             "block_size": part["block_size"],
             "offset": part["offset"],
-            "position": place.position,
-            "line": place.line,
+            "position": begun[index][0],
+            "line": begun[index][1],
             "current_iter": passes,
         }
     )
-    if "parts" in share:
-        state["part"] = index
+    if len(parts) > 1:
+        state["part"], state["begun"] = index, begun
     return state
 
 
 def _is_at_end(path: str, position: int) -> bool:
-    return position > 0 and position == os.path.getsize(path)
+    return position > 0 and position == _size(path)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): put it back, or start a new run"
+        ) from None
 
 
 def _line_of(share: JSONLState) -> int:
     """The index of the line at the share's position; Meta Lingua's states do not have it."""
     if "line" in share or share["position"] == 0:
         return share.get("line", 0)
+    left, lines = share["position"], 0
     with open(share["file_path"], "rb") as file:
-        return file.read(share["position"]).count(b"\n")
+        while left and (block := file.read(min(left, 1 << 22))):
+            left, lines = left - len(block), lines + block.count(b"\n")
+    return lines
 
 
 def _log(source: str, progress: dict[str, Progress]) -> None:

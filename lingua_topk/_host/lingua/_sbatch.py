@@ -105,7 +105,7 @@ def _command(job: Job, *launcher: str) -> str:
 
 
 def _by_srun(job: Job) -> list[str]:
-    words = ["srun", "-n", str(job.processes), "-N", str(job.nodes)]
+    words = ["srun", "--kill-on-bad-exit=1", "-n", str(job.processes), "-N", str(job.nodes)]
     if not job.stdout:
         logs = job.dump_dir / "logs" / "%j"
         words += ["-o", f"{logs}_%t.out", "-e", f"{logs}_%t.err"]
@@ -113,8 +113,12 @@ def _by_srun(job: Job) -> list[str]:
 
 
 def _by_torchrun(job: Job) -> list[str]:
+    # torchrun waits for a last save after SIGTERM, 30 seconds if it is not told otherwise.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ngpu}"]
-    return [_command(job, "exec", str(job.python), "-u", *torchrun)]
+    return [
+        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600",
+        _command(job, "exec", str(job.python), "-u", *torchrun),
+    ]
 
 
 def _activation(python: Path) -> list[str]:

@@ -39,7 +39,8 @@ PATH_KEYS = (
     "eval.validation.root_dir",
 )
 # What tells a folder of installed packages, or of an earlier job's code, from code to copy.
-ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta", "base_config.yaml")
+ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta", "submit.slurm")
+_SBATCH_OWN = re.compile(r"[\"'%\\#]")
 DEFAULT_TIME = 3 * 24 * 60  # minutes, for a partition that sinfo does not list
 
 
@@ -83,18 +84,22 @@ def code_files(root: Path) -> Iterator[Path]:
     Hidden folders, environments and the folders of runs are left out: one that lies within the
     checkout would be copied with all its packages, or with the copies of earlier jobs.
     """
-    visited = set()
     for folder, inner, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder around it
+        if real in map(os.path.realpath, _between(root, folder)):  # a link to a folder around it
             inner.clear()
             continue
-        visited.add(real)
         inner[:] = sorted(name for name in inner if _is_code(Path(folder, name)))
         for name in sorted(names):
             path = Path(folder, name)
             if name.endswith(".py") and path.is_file():
                 yield path
+
+
+def _between(root: Path, folder: str) -> list[Path]:
+    """The folders that lie around `folder`, from `root` on, by the way that led to it."""
+    steps = Path(folder).relative_to(root).parts
+    return [Path(root, *steps[:n]) for n in range(len(steps))]
 
 
 def _is_code(folder: Path) -> bool:
@@ -118,16 +123,19 @@ def validate_args(args: StoolArgs) -> None:
             raise ConfigError(f"{name}={getattr(args, name)} is too small: give at least {least}")
     if args.time == 0 or args.time < -1:
         raise ConfigError(f"time={args.time} is not allowed: give minutes, or -1 for all there is")
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if isinstance(value, str) and not value.isprintable():
-            raise ConfigError(f"{field.name}={value!r} is not printable: it goes into a script")
+    texts = {field.name: getattr(args, field.name) for field in fields(args)}
+    texts.update(name=config["name"], dump_dir=config["dump_dir"])
+    texts["the working directory"] = os.getcwd()
+    for name, value in texts.items():
+        if isinstance(value, str) and (not value.isprintable() or _SBATCH_OWN.search(value)):
+            raise ConfigError(
+                f"{name}={value!r} has a character that sbatch reads as its own (quotes, %, # and"
+                " backslashes, those that cannot be printed): it goes into the script; change it"
+            )
     for key in ("name", "dump_dir"):
         value = str(config[key])
         if not isinstance(config[key], str):
             raise ConfigError(f"{key}={value} is not text: write it in quotes")
-        if not value.isprintable() or re.search(r'["%]', value):
-            raise ConfigError(f'{key}={value!r} has a character that sbatch reads as its own: "%')
     if not re.fullmatch(r"\w+(\.\w+)*", args.script):
         raise ConfigError(f"script={args.script!r} is no module: write it as apps.main.train")
     if not args.partition:
@@ -152,7 +160,9 @@ def validate_args(args: StoolArgs) -> None:
 
 def _has_srun(args: StoolArgs) -> bool:
     """Whether the job is started by srun: wherever SLURM is, and in what is only looked at."""
-    return has_command("srun") or args.launcher != "bash"
+    if args.launcher != "bash":
+        return True
+    return has_command("srun") and "SLURM_JOB_ID" in os.environ  # within an allocation
 
 
 def launch_job(args: StoolArgs) -> int:
@@ -169,13 +179,12 @@ def launch_job(args: StoolArgs) -> int:
     if not _make_room(args, dump_dir):
         return 1
     (dump_dir / "logs").mkdir(parents=True, exist_ok=True)
-    # First, since it marks the folder as one that is not copied itself.
     write_whole(dump_dir / "base_config.yaml", OmegaConf.to_yaml(config))
+    script = dump_dir / "submit.slurm"
+    write_whole(script, text)  # before the copy: it marks the folder as one that is not copied
     if args.copy_code:
         print(f"copied {copy_dir(Path.cwd(), code):,} files of code to {code}")
         write_whole(code / ".commit", f"{_commit()}\n")
-    script = dump_dir / "submit.slurm"
-    write_whole(script, text)
     print(f"{args.launcher} {script}", flush=True)
     return subprocess.call([*args.launcher.split(), str(script)])
 
@@ -194,6 +203,8 @@ def _with_absolute_paths(config: Any) -> DictConfig:
 def _check_code(args: StoolArgs, dump_dir: Path) -> None:
     """ConfigError where the job would not find its program, or would copy what is no code."""
     here = Path.cwd()
+    if dump_dir == here or dump_dir in here.parents:
+        raise ConfigError(f"dump_dir={dump_dir} holds the code that would be copied: give another")
     if not args.copy_code:
         return
     path = Path(*args.script.split("."))
@@ -202,8 +213,6 @@ def _check_code(args: StoolArgs, dump_dir: Path) -> None:
             f"script={args.script} is not in {here}, whose code would be copied: run this from the"
             " folder that holds it, or give copy_code=false for a module that is installed"
         )
-    if dump_dir == here or dump_dir in here.parents:
-        raise ConfigError(f"dump_dir={dump_dir} holds the code that would be copied: give another")
 
 
 def _job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job:
@@ -269,7 +278,7 @@ def _make_room(args: StoolArgs, dump_dir: Path) -> bool:
                 f"override=true would delete {dump_dir}, and there is nobody to ask: delete it"
                 " yourself, or give dirs_exists_ok=true to keep what is in it"
             )
-        if input(question).strip().lower() != "yes":
+        if _answer(question) != "yes":
             print("nothing was deleted, nothing submitted")
             return False
         shutil.rmtree(dump_dir)
@@ -279,6 +288,13 @@ def _make_room(args: StoolArgs, dump_dir: Path) -> bool:
     raise ConfigError(
         f"dump_dir={dump_dir} exists: give another, or dirs_exists_ok=true to go on in it"
     )
+
+
+def _answer(question: str) -> str:
+    try:
+        return input(question).strip().lower()
+    except EOFError:
+        return ""
 
 
 def main() -> None:

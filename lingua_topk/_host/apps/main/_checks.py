@@ -144,8 +144,10 @@ def validate_checkpoints(args: "TrainArgs", model: nn.Module) -> None:
             " earlier checkpoint"
         ) from None
     wanted = _leaves(asdict(args.model))
+    same_kind = ("topk.k" in saved) == ("topk.k" in wanted)
     for key in sorted({*saved, *wanted}):
-        if key in FREE_KEYS or saved.get(key) == wanted.get(key):
+        is_new = key not in saved and same_kind  # a checkpoint of an earlier version
+        if key in FREE_KEYS or is_new or saved.get(key) == wanted.get(key):
             continue
         raise ConfigError(
             f"model.{key}={wanted.get(key)}, but the run in dump_dir={args.dump_dir} has"

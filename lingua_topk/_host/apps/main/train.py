@@ -38,9 +38,11 @@ from apps.main.transformer import (
     get_num_flop_per_token,
     tp_parallelize,
 )
+from lingua._manifest import find_damage
 from lingua._reshare import reshare
 from lingua.args import dataclass_from_dict, dump_config
 from lingua.checkpoint import (
+    FOLDER_NAME,
     CheckpointArgs,
     CheckpointManager,
     data_parallel_rank,
@@ -148,7 +150,7 @@ class TrainState:
             {
                 "step": step,
                 "acc_step": 0,
-                "data_loader_state": reshare(loaders, self.data_loader_state, rank, step),
+                "data_loader_state": reshare(loaders, self.data_loader_state, rank, size, step),
                 "scheduler": scheduler,
             }
         )
@@ -168,7 +170,7 @@ def set_preemption_flag(signum, frame) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     logger.warning("signal %s: saving and ending after this step", signal.Signals(signum).name)
     preemption_flag["flag"] = True
-    preemption_flag["requeue"] = signum == signal.SIGUSR2
+    preemption_flag["requeue"] |= signum == signal.SIGUSR2
 
 
 @contextmanager
@@ -328,9 +330,11 @@ def train(args: TrainArgs) -> None:
     newest = newest_checkpoint(args.checkpoint)
     if newest is not None and int(newest.name) >= args.steps:
         init_logger(dump_dir / "train.log")
-        logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
-        _finish(args, newest)
-        return
+        setup_torch_distributed(args.distributed)
+        if find_damage(newest) is None:
+            logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
+            _finish(args, newest)
+            return
     if get_is_master():
         _write_config(args, dump_dir)
     init_logger(dump_dir / "train.log")
@@ -387,7 +391,7 @@ class _Speed:
 def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tqdm) -> None:
     args, state = run.args, run.state
     if state.step > 0 and _is_eval_step(args, state):
-        _evaluate_if_missing(args, run.checkpoint.existing_saves[-1])
+        _evaluate_if_missing(args, run.checkpoint.path / FOLDER_NAME.format(state.step))
     run.model.train()
     speed = _Speed()
     losses: list[Tensor] = []
@@ -431,7 +435,7 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
         saved = _is_save_step(args, state) and _save(run)
         if args.eval is not None and _is_eval_step(args, state):
             saved = saved or _save(run)
-            evaluate(args, run.checkpoint.existing_saves[-1])
+            evaluate(args, run.checkpoint.path / FOLDER_NAME.format(state.step))
             run.model.train()
         if _any_rank(preemption_flag["flag"]):
             saved or _save(run)
@@ -565,7 +569,6 @@ def _evaluate_if_missing(args: TrainArgs, checkpoint: Path) -> None:
 
 def _finish(args: TrainArgs, newest: Path) -> None:
     """What a run that has done its steps still lacks, where it was killed after the last."""
-    setup_torch_distributed(args.distributed)
     CheckpointManager.instantiate_and_make_dir(args.checkpoint).clean_up()
     _evaluate_if_missing(args, newest)
 
