@@ -1,12 +1,30 @@
 """The suite runs on the embedded host; tests/host_contract starts others in subprocesses."""
 
+import logging
 import os
+import signal
 
 os.environ["LINGUA_TOPK_HOST"] = "embedded"
 
 import pytest
 
 import apps  # noqa: F401  (binds `lingua` before a test imports it)
+
+
+@pytest.fixture(autouse=True)
+def undisturbed():
+    """A program that runs in this process takes over log and signal handlers; here they return.
+
+    Also after one that ran in a fixture of a wider scope: a test begins with pytest's handlers.
+    """
+    root, numbers = logging.getLogger(), (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    handlers = [one for one in root.handlers if type(one).__module__.startswith("_pytest")]
+    root.handlers[:], root.level = handlers, logging.WARNING
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    root.handlers[:], root.level = handlers, logging.WARNING
 
 
 def pytest_addoption(parser):

@@ -218,7 +218,7 @@ def _make(
         output.put_back(out, _warn)
         manifest = output.find_finished(out, inputs, overwrite)
         if manifest:  # the run was killed when nothing was left to do but remove its folder
-            if _differences(held, inputs) == []:
+            if not _differences(held, inputs):  # or while it did so
                 held.remove()
             return manifest
         _take_up(held, inputs, overwrite)

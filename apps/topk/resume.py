@@ -78,8 +78,9 @@ def check_unchanged(args: TopKTrainArgs) -> list[str]:
     folder, saved = found
     _check_kind(args, folder, saved)
     changes = list(_changes(saved, asdict(args)))
-    keeps_batch = _keeps_batch(args, folder, saved)
-    allowed = SHARE_OF_BATCH if keeps_batch else ()
+    before, now = _processes(args, folder)
+    keeps_batch = _sequences(saved, before) == _sequences(asdict(args), now)
+    allowed = SHARE_OF_BATCH if before != now and keeps_batch else ()
     refused = [one for one in changes if not _may_change(one[0]) and one[0] not in allowed]
     if refused:
         key, old, new = refused[0]
@@ -89,25 +90,24 @@ def check_unchanged(args: TopKTrainArgs) -> list[str]:
             " give that value to resume it, or another dump_dir to start a new run"
         )
     lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
-    before = len(list(folder.glob("train_state_*.json")))
-    now = get_world_size() // max(args.distributed.tp_size, 1)
-    if before != now and not keeps_batch:
+    if not keeps_batch:
         lines.append(
-            f"processes: {before} -> {now}, and with them the sequences of a step; to keep those,"
-            " change grad_acc_steps or data.batch_size to match"
+            f"processes: {before} -> {now}, and with them the sequences of a step,"
+            f" {_sequences(saved, before)} -> {_sequences(asdict(args), now)}; change"
+            " grad_acc_steps or data.batch_size as well to keep those"
         )
     return lines
 
 
-def _keeps_batch(args: TopKTrainArgs, folder: Path, saved: dict[str, Any]) -> bool:
-    """Whether another number of processes takes as many sequences a step as those before."""
+def _processes(args: TopKTrainArgs, folder: Path) -> tuple[int, int]:
+    """How many processes that read data saved the checkpoint, and how many there are now."""
     before = len(list(folder.glob("train_state_*.json")))
-    now = get_world_size() // max(args.distributed.tp_size, 1)
-    try:
-        sequences = before * saved["grad_acc_steps"] * saved["data"]["batch_size"]
-    except (LookupError, TypeError):
-        return False
-    return before != now and sequences == now * args.grad_acc_steps * args.data.batch_size
+    return before, get_world_size() // max(args.distributed.tp_size, 1)
+
+
+def _sequences(config: dict[str, Any], processes: int) -> int:
+    """Those of an optimizer step."""
+    return processes * config["grad_acc_steps"] * config["data"]["batch_size"]
 
 
 def _check_kind(args: TopKTrainArgs, folder: Path, saved: dict[str, Any]) -> None:

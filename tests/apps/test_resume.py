@@ -10,7 +10,6 @@ from apps.topk import resume
 from apps.topk.records import trim_records
 from apps.topk.train import train
 from lingua_topk.errors import ConfigError
-from tests.apps.test_train import undisturbed  # noqa: F401  (a fixture)
 from tests.apps.tiny import read_metrics, train_args, write_corpus
 
 
@@ -158,3 +157,31 @@ def test_weights_of_the_other_kind_are_said_to_be_so(corpus, run, tmp_path, capl
     with caplog.at_level(logging.WARNING):
         resume.log_start(args, [])
     assert "are of a TopK model (k=4); this run makes a plain one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("processes", "change", "said"),
+    [
+        (2, ["data.batch_size=2"], None),
+        (4, ["data.batch_size=1"], None),
+        (2, ["data.batch_size=1", "grad_acc_steps=2"], None),
+        (2, [], "processes: 1 -> 2, and with them the sequences of a step, 4 -> 8"),
+        (2, ["data.batch_size=3"], ConfigError),
+        (1, ["data.batch_size=2", "grad_acc_steps=2"], ConfigError),
+    ],
+)
+def test_with_other_processes_a_step_may_keep_its_sequences(
+    corpus, run, monkeypatch, processes, change, said
+):
+    monkeypatch.setattr(resume, "get_world_size", lambda: processes)
+    args = train_args(corpus, run, "steps=9", "checkpoint.dump.every=2", *change)
+    if said is ConfigError:
+        with pytest.raises(ConfigError, match=r"but the run in dump_dir"):
+            resume.check_unchanged(args)
+        return
+    lines = resume.check_unchanged(args)
+    assert (
+        any(said in line for line in lines)
+        if said
+        else not any(x.startswith("processes") for x in lines)
+    )

@@ -1,7 +1,6 @@
 """Training through the seam: mini-models learn, alpha falls, counts are right, runs go on."""
 
 import json
-import logging
 import os
 import resource
 import signal
@@ -20,20 +19,6 @@ from lingua_topk.errors import HostError
 from tests.apps.tiny import K, read_metrics, train_args, write_corpus
 
 TOKENS_A_STEP = 4 * 32
-
-
-@pytest.fixture(autouse=True)
-def undisturbed():
-    """Training takes over log handlers, signal handlers and the number generator."""
-    root = logging.getLogger()
-    handlers, level, generator = list(root.handlers), root.level, torch.get_rng_state()
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-    root.handlers[:], root.level = handlers, level
-    torch.set_rng_state(generator)
 
 
 @pytest.fixture(scope="module")
