@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,29 @@ def test_another_number_of_processes_goes_on(corpus, tmp_path):
     assert log.count("data of text: text.chunk.00.jsonl goes on at line") == 2
     places = re.findall(r"goes on at line (\d+) of pass (\d+)", log)
     assert [int(line) > 1 or int(passes) > 1 for line, passes in places] == [True, True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_the_step(corpus, tmp_path, number):
+    config = write_config(tmp_path / "config.yaml")
+    words = [
+        sys.executable, "-m", *TORCHRUN, "2", "-m", "apps.topk.train", f"config={config}",
+        f"data.root_dir={corpus}", f"dump_dir={tmp_path}/run", "steps=100000",
+        "checkpoint.dump.every=100000", "grad_acc_steps=2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "err", "w") as err:
+        started = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=err
+        )
+    for line in started.stdout:
+        if b"step: 3 " in line:
+            started.send_signal(number)
+            break
+    started.stdout.read()
+    started.wait(timeout=60)  # torchrun's own status is 1, whatever its processes say
+    (saved,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == read_metrics(tmp_path / "run")[-1]["global_step"] >= 3
 
 
 def test_a_mistake_gives_one_line_from_one_process(corpus, tmp_path):

@@ -4,6 +4,7 @@ Lingua runs in a process of its own, its CUDA and NCCL calls answered by the CPU
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -183,6 +184,43 @@ def test_two_processes_count_the_neurons_of_both(corpus, tmp_path, embedded_run)
         metrics[host] = read_metrics(tmp_path / host)
     assert len(metrics["lingua"]) == 8
     assert_same(metrics["lingua"], metrics["embedded"])
+
+
+@pytest.fixture
+def copied_run(lingua_run, tmp_path):
+    """Lingua's run in a folder of its own."""
+    folder = tmp_path / "copied"
+    shutil.copytree(lingua_run[0], folder)
+    for params in folder.glob("checkpoints/*/params.json"):  # they name the folder they were in
+        text = params.read_text("utf-8").replace(str(lingua_run[0]), str(folder))
+        params.write_text(text, "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("lost", [".metadata", "params.json", "train_state_00000.json", "distcp"])
+def test_a_half_written_checkpoint_is_set_aside(corpus, copied_run, lingua_run, lost):
+    """The last one, as a kill during the save leaves it: the run is not taken for finished."""
+    last = copied_run / "checkpoints" / f"{STEPS:010d}"
+    for path in last.glob(f"*{lost}" if lost == "distcp" else lost):
+        path.unlink()
+    done = train("lingua", corpus, copied_run, "eval.validation.context=8")
+    assert f"is set aside as damaged_{STEPS:010d}" in done.stdout
+    assert_same(read_metrics(copied_run), read_metrics(lingua_run[0]))
+
+
+def test_another_number_of_processes_is_refused(corpus, copied_run):
+    done = run("lingua", corpus, copied_run, "eval.validation.context=8", "steps=40", processes=2)
+    assert "was saved by 1 processes, and this run has 2" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["lingua", "embedded"])
+def test_a_finished_run_of_lingua_is_given_more_steps(corpus, copied_run, host):
+    """Lingua's checkpoint of the last step has the rate of the peak in it."""
+    train(host, corpus, copied_run, "eval.validation.context=8", "steps=40")
+    rates = {line["global_step"]: line["optim/lr"] for line in read_metrics(copied_run)}
+    step = STEPS - 5  # since the end of the warm-up, of 40 - 5
+    expected = 0.5 * (1 + math.cos(math.pi * step / 35)) * 0.9 + 0.1
+    assert rates[STEPS + 1] == pytest.approx(1e-2 * expected, rel=1e-6)
 
 
 def test_data_can_be_loaded_in_a_process_of_its_own(corpus, tmp_path, lingua_run):
