@@ -7,6 +7,7 @@ on, only tokens with at least `context` tokens before them are scored there. lm-
 rolling windows are disjoint instead and give a higher number.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 from lingua_topk import topk_handle
 from lingua_topk.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ def negative_log_likelihoods(
     device = next(model.parameters()).device
     totals = torch.zeros(len(documents.tokens), dtype=torch.float64, device=device)
     batches = batches_of(windows, batch_tokens)[rank::size]
+    logger.info("%s: %d windows in %d batches", label or "evaluating", len(windows), len(batches))
     bar = tqdm(batches, desc=label, unit="batch", leave=False, disable=None if rank == 0 else True)
     with _SurvivorCounts(model) as survivors:
         for batch in bar:

@@ -109,3 +109,12 @@ def test_bytes_per_token_counts_all_documents_up_to_the_limit():
     n_bytes = [len(text.encode()) for text in DOCUMENTS]
     assert bytes_per_token(MODEL, DOCUMENTS) == sum(n_bytes) / sum(n_tokens)
     assert bytes_per_token(MODEL, DOCUMENTS, max_bytes=1) == n_bytes[0] / n_tokens[0]
+
+
+def test_ctrl_c_anywhere_in_the_text_is_no_error_of_sentencepiece():
+    class Interrupted(str):
+        def split(self, *arguments):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([Interrupted("a")], 300)

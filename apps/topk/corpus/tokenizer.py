@@ -25,7 +25,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     stopped: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(_noting(documents, stopped)),
+            sentence_iterator=_noting(_lines(documents), stopped),
             model_writer=model,
             vocab_size=vocab_size,
             # BPE trains eight times as fast as the unigram model at 32,000 pieces (5 s

@@ -348,7 +348,7 @@ class CheckpointManager:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"{folder} cannot be written ({_first_reason(error)}): free or mend the disk, then"
-                " start the run again; it goes on from the checkpoint before"
+                " start the run again; it goes on from the newest checkpoint that is there"
             ) from error
         if get_is_master():
             partial.rename(folder)
