@@ -32,6 +32,7 @@ from lingua_topk.hf.convert import from_hf_weights, to_hf_config, to_hf_weights
 from lingua_topk.hf.tokenizer import (
     bytes_tokenizer,
     check_same_ids,
+    control_ids,
     sentencepiece_tokenizer,
     tiktoken_tokenizer,
     trial_texts,
@@ -193,11 +194,12 @@ def _hf_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     elif isinstance(ours, SentencePieceTokenizer):
         path = Path(checkpoint.params["data"]["tokenizer"]["path"])
         backend, n_tokens = sentencepiece_tokenizer(path.read_bytes()), ours.n_words
+        special = control_ids(path.read_bytes())
     elif isinstance(ours, TikTokenTokenizer):
         known = ours.tkt_model
         special = list(known._special_tokens.values())
         backend = tiktoken_tokenizer(known._mergeable_ranks, known._pat_str, known._special_tokens)
-        n_tokens = ours.n_ranks
+        n_tokens = len(known._mergeable_ranks)
     else:
         name = checkpoint.params["data"]["tokenizer"].get("name")
         raise ConfigError(
