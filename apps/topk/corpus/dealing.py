@@ -88,7 +88,7 @@ class Dealing:
         held_out.sync()
         for path in self.paths:
             if path.exists():
-                _sync(path)
+                output.sync_path(path)
         sizes = [path.stat().st_size if path.exists() else 0 for path in self.paths]
         self.state.update(bucket=bucket, held_out_size=held_out.size, sizes=sizes)
         self.work.save("dealing", self.state)
@@ -136,11 +136,3 @@ def _count(counts: dict[str, int], text: bytes) -> None:
     counts["documents"] += 1
     counts["characters"] += len(text.decode("utf-8"))
     counts["bytes"] += len(text)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -109,7 +109,7 @@ def publish(new: Path, out: Path, replace: bool) -> None:
     """
     replaced = replaced_folder(out)
     for folder in (new, *(path for path in new.rglob("*") if path.is_dir())):
-        _sync_folder(folder)
+        sync_path(folder)
     try:
         if replace and out.exists():
             os.rename(out, replaced)
@@ -118,7 +118,7 @@ def publish(new: Path, out: Path, replace: bool) -> None:
         if replaced.exists() and not out.exists():
             os.rename(replaced, out)
         raise
-    _sync_folder(out.parent)
+    sync_path(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -196,8 +196,9 @@ def _sha256(path: Path, shown: tqdm) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Have a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -34,7 +34,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 def describe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
     """The entries of all files, on every rank, each file read by one rank. All ranks call it."""
     rank, size = _rank_and_size()
-    names = _from_first(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    names = from_first(sorted(path.name for path in folder.iterdir() if path.is_file()))
     described: dict[str, dict[str, Any]] = {}
     for part in _gathered(describe_files(folder, names[rank::size])):
         described.update(part)
@@ -44,7 +44,7 @@ def describe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None. All ranks call it and get the same answer."""
     rank, size = _rank_and_size()
-    problem, files = _from_first(_expected_files(folder) if rank == 0 else None)
+    problem, files = from_first(_expected_files(folder) if rank == 0 else None)
     if problem is None:
         own = dict(sorted(files.items())[rank::size])
         problem = next(filter(None, _gathered(_first_difference(folder, own))), None)
@@ -163,7 +163,7 @@ def _rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _from_first(value: Any) -> Any:
+def from_first(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if _rank_and_size()[1] == 1:
         return value

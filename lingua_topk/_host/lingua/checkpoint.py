@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lingua._index import Planner, Reader
-from lingua._manifest import MANIFEST_NAME, describe_checkpoint, find_damage
+from lingua._manifest import MANIFEST_NAME, describe_checkpoint, find_damage, from_first
 from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
 
@@ -76,15 +76,6 @@ class CheckpointArgs:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _from_master(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -333,7 +324,7 @@ class CheckpointManager:
         rank, size = data_parallel_rank(device_mesh)
         folder = self.path / FOLDER_NAME.format(train_state.step)
         is_there = folder in self.existing_saves and _n_train_states(folder) == size
-        if _from_master(is_there):
+        if from_first(is_there):
             return True
         partial = _partial(folder)
         if get_is_master():
@@ -357,7 +348,7 @@ class CheckpointManager:
         self._damaged.discard(folder)
         logger.info("saved %s", folder)
         # One listing for all: that of another node's file system may be a little older.
-        self.existing_saves = _from_master(self.get_existing_saves())
+        self.existing_saves = from_first(self.get_existing_saves())
         self.clean_up()
         return True
 
@@ -427,7 +418,7 @@ class CheckpointManager:
 
         A damaged one is left where it is, and replaced when the run gets there again.
         """
-        candidates = _from_master(self._candidates())
+        candidates = from_first(self._candidates())
         for folder in candidates:
             damage = find_damage(folder)
             if damage is None:
