@@ -4,12 +4,13 @@ Written by either host: a distributed checkpoint (dump_dir/checkpoints/000000100
 folder with consolidated.pth that was made from one.
 """
 
+import hashlib
 import json
 import logging
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,55 @@ class Checkpoint:
             return 0.0
         n_steps = self.params["steps"]
         return alpha_at(self.step, n_steps, topk.anneal_ratio, topk.anneal_schedule)
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens it has been trained on; None where the folder does not tell."""
+        # One a process; a consolidated folder lies inside the checkpoint it was made from.
+        found = (
+            list(place.glob("train_state_*.json")) for place in (self.folder, self.folder.parent)
+        )
+        n_files = len(next(filter(None, found), []))
+        try:
+            per_process = self.params["data"]["batch_size"] * self.params["data"]["seq_len"]
+            n_readers = n_files // max(self.params["distributed"].get("tp_size") or 1, 1)
+            n_batches = self.step * self.params.get("grad_acc_steps", 1)
+            return n_batches * per_process * n_readers or None
+        except (LookupError, TypeError):
+            return None
+
+    def describe(self) -> dict[str, Any]:
+        """The model and its training as results name them; JSON."""
+        with torch.device("meta"):
+            model = TopKTransformer(self.model_args)
+        handle = topk_handle(model)
+        layers = [] if handle is None else list(handle.modules)
+        tokenizer = self.params["data"]["tokenizer"]
+        return {
+            "name": self.params.get("name"),
+            "dim": self.model_args.dim,
+            "n_layers": self.model_args.n_layers,
+            "vocab_size": self.model_args.vocab_size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": self.params["steps"],
+            "tokens": self.tokens,
+            "seed": self.params.get("seed"),
+            "topk": handle and {**asdict(self.model_args.topk), "layers": layers},
+            "tokenizer": {
+                "name": tokenizer.get("name"),
+                "path": tokenizer.get("path"),
+                "sha256": _digest(tokenizer.get("path")),
+            },
+        }
+
+    def state(self) -> dict[str, Any]:
+        """JSON that is another when the folder holds other weights."""
+        names = (METADATA_NAME, CONSOLIDATED_NAME)
+        stats = {
+            name: (self.folder / name).stat() for name in names if (self.folder / name).is_file()
+        }
+        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return {"folder": str(self.folder.resolve()), "step": self.step, "files": files}
 
     def tokenizer(self):
         """The tokenizer that the model was trained with."""
@@ -149,6 +199,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(
         folder=folder, params=params, model_args=_model_args(folder, params), step=_step(folder)
     )
+
+
+def _digest(path: str | None) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+    except OSError:
+        return None
 
 
 def _step(folder: Path) -> int | None:

@@ -1,22 +1,21 @@
-"""Evaluate a checkpoint: token-weighted perplexity on held-out documents, and measured L0."""
+"""Evaluate a checkpoint: perplexity on held-out documents, measured L0, and lm-eval's tasks."""
 
-import json
 import logging
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from apps.topk import cli, lingua_host
 from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from apps.topk.corpus.local_files import LocalFiles
-from apps.topk.corpus.tally import Tally
-from apps.topk.provenance import provenance, write_json
-from apps.topk.records import drop_step
-from apps.topk.validation import measures, negative_log_likelihoods, tokenised
+from apps.topk.evaluation import results as files
+from apps.topk.evaluation.sources import ValidationArgs, ValidationPlan, plan_validation
+from apps.topk.evaluation.tasks import HarnessArgs, check_harness, forget_work, run_tasks
+from apps.topk.evaluation.validation import measures, negative_log_likelihoods, tokenised
+from apps.topk.provenance import provenance, write_text
 from lingua.distributed import (
     DistributedArgs,
     get_global_rank,
@@ -25,7 +24,7 @@ from lingua.distributed import (
     setup_torch_distributed,
 )
 from lingua.logger import init_logger
-from lingua_topk.errors import ConfigError, DataError
+from lingua_topk.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +32,26 @@ PROGRAM = "apps.topk.eval"
 DESCRIPTION = """\
 Evaluate one checkpoint. Several processes share the work:
   torchrun --nproc-per-node 8 -m apps.topk.eval config=FILE ckpt_dir=DIR dump_dir=DIR
-Writes DUMP_DIR/validation.json: for every source the negative log-likelihood a token (nats),
-perplexity, bits a byte, and the mean number of survivors a token of every TopK layer."""
+Writes to DUMP_DIR
+  validation.json  for every source the negative log-likelihood a token (nats), perplexity with its
+                   95% confidence interval, bits a byte, and the mean number of survivors a token
+                   of every TopK layer; validation_documents.jsonl has a line a document
+  results.json     what lm-eval says of the tasks in harness.tasks
+Stopped and started again it repeats one task at most."""
 NOTES = """\
 ckpt_dir is the folder of one checkpoint, such as DUMP_DIR/checkpoints/0000001000.
-validation.sources are .jsonl files or folders with *.val.jsonl files; those of the sources that
-the model was trained on are added unless validation.use_val_from_train_src=false."""
+validation.sources are files of text, folders with *.val.jsonl files, or data sets of the Hugging
+Face hub (hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]); those of the sources that the model was
+trained on are added unless validation.use_val_from_train_src=false.
+harness.tasks are tasks of lm-eval by name, harness.include_path a folder of your own ones. Of
+generator, which Meta Lingua's configs have, dtype is used where dtype is not set; its other keys
+are without effect, since tasks say themselves how to generate. So is wandb."""
 
-# The key of validation.json that is no source.
-PROVENANCE = "provenance"
-VALIDATION_PATTERN = "*.val.jsonl"
-TEXT_KEYS = ["text", "content"]
-
-
-@dataclass
-class ValidationArgs:
-    """Which documents, and how they are read; see `apps.topk.validation`."""
-
-    # Documents a source; null: all of them.
-    max_documents: Optional[int] = None  # noqa: UP045 (OmegaConf reads this spelling only)
-    # Also the *.val.jsonl files of the sources that the model was trained on.
-    use_val_from_train_src: bool = True
-    root_dir: str = ""
-    sources: list[str] = field(default_factory=list)
-    # Tokens that the model sees at once; null: as in training.
-    window: Optional[int] = None  # noqa: UP045
-    # Least tokens before a scored one, where the document has them; null: half the window.
-    context: Optional[int] = None  # noqa: UP045
-    # Tokens a batch, padding included.
-    batch_tokens: int = 4096
+# Meta Lingua's keys of `generator`.
+GENERATOR_KEYS = (
+    "temperature", "top_p", "top_k", "max_gen_len", "max_tokens", "max_prompt_len", "until",
+    "compile_prefilling", "reduce_generation_overhead", "show_progress", "dtype", "device",
+)  # fmt: skip
 
 
 @dataclass
@@ -69,11 +59,17 @@ class EvalArgs:
     """What is evaluated, and where the results go."""
 
     name: str = "evals"
-    dump_dir: Optional[str] = None  # noqa: UP045
-    # Where metrics.validation.jsonl is appended to; training sets its own dump_dir.
+    dump_dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads this spelling only)
+    # Where metrics.validation.jsonl and metrics.eval.jsonl are appended to; training sets its
+    # own dump_dir.
     metric_log_dir: Optional[str] = None  # noqa: UP045
     ckpt_dir: str = ""
-    validation: ValidationArgs = field(default_factory=ValidationArgs)
+    generator: Optional[Any] = None  # noqa: UP045
+    # null: no tasks.
+    harness: Optional[HarnessArgs] = None  # noqa: UP045
+    # null: no held-out documents.
+    validation: Optional[ValidationArgs] = field(default_factory=ValidationArgs)  # noqa: UP045
+    wandb: Optional[Any] = None  # noqa: UP045
     # fp64, fp32, bf16 or fp16; null: as in training.
     dtype: Optional[str] = None  # noqa: UP045
     # Evaluate a checkpoint from inside the annealing phase with the alpha it had reached.
@@ -100,10 +96,9 @@ def _main() -> None:
 
 
 def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
-    """Evaluate `args.ckpt_dir`; every process calls it. The measures by source.
+    """Evaluate `args.ckpt_dir`; every process calls it. The measures of validation by source.
 
-    Process 0 writes validation.json and, with metric_log_dir, a line of
-    metrics.validation.jsonl.
+    Process 0 writes the files, and with metric_log_dir a line of each of the run's records.
     """
     if not args.dump_dir:
         raise ConfigError("dump_dir is not set: give a folder for what the evaluation writes")
@@ -113,25 +108,127 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
             " DUMP_DIR/checkpoints/0000001000"
         )
     checkpoint = open_checkpoint(args.ckpt_dir)
-    longest, data = checkpoint.model_args.max_seqlen, checkpoint.params["data"]
-    sources, window, context = check_validation(args.validation, data, longest)
-    dtype = check_dtype(args.dtype or checkpoint.params["distributed"]["model_dtype"])
-    tokenizer = checkpoint.tokenizer()
-    model = checkpoint.model(_device(), DTYPES[dtype], args.as_trained)
+    params = checkpoint.params
+    dtype, plan = check_eval(
+        args, params["data"], checkpoint.model_args.max_seqlen, params["distributed"]["model_dtype"]
+    )
+    evaluation = _Evaluation(args, checkpoint, dtype)
     _make_folders(args)
-    results = {}
-    for name, files in sources.items():
-        documents = tokenised(_texts(files, name, args.validation.max_documents), tokenizer)
-        nll, l0 = negative_log_likelihoods(
-            model, documents, window, context, args.validation.batch_tokens, f"evaluating {name}"
-        )
-        result = {**measures(documents, nll), "window": window, "context": context}
-        results[name] = {**result, "l0": {str(layer): mean for layer, mean in l0.items()}}
-    if get_global_rank() == 0:
-        _write(args, checkpoint, dtype, results)
-        logger.info("%s (in %s)", summary(results), args.dump_dir)
-    _barrier()
+    files.check_folder(evaluation.folder, checkpoint.folder)
+    evaluation.run_tasks()
+    results = {} if plan is None else evaluation.validate(plan)
+    evaluation.finish()
     return results
+
+
+def check_eval(
+    args: EvalArgs, data: dict[str, Any], longest: int, model_dtype: str
+) -> tuple[str, ValidationPlan | None]:
+    """The dtype and what is read of held-out documents; ConfigError, DataError.
+
+    data, model_dtype: of the training config; longest: the model's max_seqlen.
+    """
+    if args.harness is None and args.validation is None:
+        raise ConfigError("harness and validation are both null: nothing is left to evaluate")
+    generator = args.generator or {}
+    unknown = [name for name in generator if name not in GENERATOR_KEYS]
+    if unknown:
+        raise ConfigError(
+            f"generator.{unknown[0]} is no known key: {cli.nearest(unknown[0], GENERATOR_KEYS)}"
+        )
+    dtype = args.dtype or generator.get("dtype") or model_dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    if args.harness is not None:
+        check_harness(args.harness)
+    if args.validation is None:
+        return dtype, None
+    return dtype, plan_validation(args.validation, data, longest, files.PROVENANCE)
+
+
+class _Evaluation:
+    """One checkpoint's; the model is loaded when it is first needed."""
+
+    def __init__(self, args: EvalArgs, checkpoint: Checkpoint, dtype: str):
+        self.args = args
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.folder = Path(args.dump_dir)
+        self.tokenizer = checkpoint.tokenizer()
+        self._model: torch.nn.Module | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        if self._model is None:
+            self._model = self.checkpoint.model(_device(), DTYPES[self.dtype], self.args.as_trained)
+        return self._model
+
+    def origin(self) -> dict[str, Any]:
+        """What the results come from."""
+        return provenance(
+            checkpoint=str(self.checkpoint.folder), step=self.checkpoint.step, dtype=self.dtype,
+            processes=get_world_size(), args=asdict(self.args), model=self.checkpoint.describe(),
+        )  # fmt: skip
+
+    def run_tasks(self) -> None:
+        """lm-eval's tasks, where there are any."""
+        harness = self.args.harness
+        if harness is None:
+            return
+        settings = {
+            "checkpoint": self.checkpoint.state(), "dtype": self.dtype,
+            "as_trained": self.args.as_trained,
+        }  # fmt: skip
+        results = run_tasks(self._harness_model, harness, self.folder, settings)
+        if results is None:  # process 0 has them
+            return
+        files.write_tasks(self.folder, results, self.origin())
+        forget_work(self.folder)
+        self._record(files.TASK_RECORDS, results["results"])
+        logger.info("%s (in %s)", tasks_summary(results), self.folder)
+
+    def _harness_model(self):
+        from apps.topk.evaluation.adapter import HarnessModel
+
+        harness = self.args.harness
+        add_bos = self.checkpoint.params["data"].get("add_bos", True)
+        return HarnessModel(
+            self.model, self.tokenizer, self.checkpoint.model_args.max_seqlen,
+            harness.batch_tokens, add_bos if harness.add_bos is None else harness.add_bos,
+            seed=harness.torch_random_seed,
+        )  # fmt: skip
+
+    def validate(self, plan: ValidationPlan) -> dict[str, dict[str, Any]]:
+        """The measures of every source; every process has them."""
+        results, lines = {}, []
+        for name in plan.sources:
+            documents = tokenised(plan.texts(name), self.tokenizer)
+            nll, l0 = negative_log_likelihoods(
+                self.model, documents, plan.window, plan.context, plan.batch_tokens,
+                f"evaluating {name}",
+            )  # fmt: skip
+            result = {**measures(documents, nll), "window": plan.window, "context": plan.context}
+            results[name] = {**result, "l0": {str(layer): mean for layer, mean in l0.items()}}
+            lines += files.document_lines(name, documents, nll)
+        if get_global_rank() == 0:
+            files.write_validation(self.folder, results, iter(lines), self.origin())
+            self._record(files.VALIDATION_RECORDS, results)
+            logger.info("%s (in %s)", summary(results), self.folder)
+        return results
+
+    def _record(self, name: str, content: dict[str, Any]) -> None:
+        if self.args.metric_log_dir:
+            path = Path(self.args.metric_log_dir, name)
+            files.append_record(path, content, self.args.global_step)
+
+    def finish(self) -> None:
+        """Say that all is there."""
+        if get_global_rank() == 0:
+            config = OmegaConf.to_yaml(OmegaConf.structured(self.args))
+            write_text(self.folder / "config.yaml", config)
+            files.write_done(self.folder, self.origin())
+        if dist.is_initialized():
+            dist.barrier()
 
 
 def _make_folders(args: EvalArgs) -> None:
@@ -147,124 +244,33 @@ def _make_folders(args: EvalArgs) -> None:
             ) from None
 
 
-def check_validation(
-    args: ValidationArgs, data: dict[str, Any], longest: int
-) -> tuple[dict[str, list[Path]], int, int]:
-    """The files of every source, the window and the context that `args` ask for.
-
-    data: the data section of the training config; longest: the model's max_seqlen.
-    ConfigError for what is not allowed, DataError for text that is not there.
-    """
-    window = longest if args.window is None else args.window
-    if not 2 <= window <= longest:
-        raise ConfigError(
-            f"validation.window={window} is not allowed: give 2 to {longest}, the length that the"
-            " model is trained with"
-        )
-    context = window // 2 if args.context is None else args.context
-    if not 1 <= context < window:
-        raise ConfigError(
-            f"validation.context={context} is not allowed: give 1 to {window - 1}, less than"
-            f" validation.window={window}"
-        )
-    for name in ("batch_tokens", "max_documents"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"validation.{name}={value} is too small: give at least 1")
-    return find_sources(args, data), window, context
-
-
-def check_dtype(dtype: str) -> str:
-    """`dtype` as it is when it is known, else ConfigError."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    return dtype
-
-
-def find_sources(args: ValidationArgs, data: dict[str, Any]) -> dict[str, list[Path]]:
-    """The files of every source, by the name it has in the results.
-
-    data: the data section of the training config. ConfigError, DataError.
-    """
-    paths = [Path(args.root_dir, source) for source in args.sources]
-    if args.use_val_from_train_src:
-        paths += [Path(data["root_dir"] or "", source) for source in data["sources"]]
-    if not paths:
-        raise ConfigError(
-            "validation.sources is empty and validation.use_val_from_train_src=false: name at"
-            " least one source"
-        )
-    names = [path.name for path in paths] + [PROVENANCE]
-    return {path.name if names.count(path.name) == 1 else str(path): _files(path) for path in paths}
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = sorted(path.glob(VALIDATION_PATTERN))
-    if not files:
-        raise DataError(
-            f"validation: {path} is neither a file nor a folder with {VALIDATION_PATTERN} files:"
-            " prepare it with python -m apps.topk.prepare, or name another in validation.sources"
-        )
-    return files
-
-
-def _texts(files: list[Path], name: str, max_documents: int | None) -> list[str]:
-    tally = Tally()
-    texts = [
-        text for file in files for text in LocalFiles(file, str(file), TEXT_KEYS).documents(tally)
-    ]
-    for line in tally.lines():
-        logger.warning("%s: %s", name, cli.one_line(line))
-    return texts[:max_documents]
-
-
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", get_local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def tasks_summary(results: dict[str, Any]) -> str:
+    """lm-eval's own table."""
+    from lm_eval.utils import make_table
 
-
-def _write(
-    args: EvalArgs, checkpoint: Checkpoint, dtype: str, results: dict[str, dict[str, Any]]
-) -> None:
-    origin = provenance(
-        checkpoint=str(checkpoint.folder), step=checkpoint.step, dtype=dtype,
-        processes=get_world_size(), args=args.__dict__ | {"validation": args.validation.__dict__},
-    )  # fmt: skip
-    if args.metric_log_dir:
-        _append(Path(args.metric_log_dir, "metrics.validation.jsonl"), results, args.global_step)
-    # Last, since whether it is there tells whether all is done.
-    write_json(Path(args.dump_dir, "validation.json"), {**results, PROVENANCE: origin})
-
-
-def _append(path: Path, results: dict[str, dict[str, Any]], step: int | None) -> None:
-    """A line of metrics.validation.jsonl; an evaluation that is done again replaces its own."""
-    line = {"created_at": datetime.now(timezone.utc).isoformat(), **results}
-    if step is not None:
-        line["global_step"] = step
-    if path.is_file() and step is not None:
-        drop_step(path, step)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    return "tasks\n" + make_table(results)
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:
     """A line a source, for the terminal and the log."""
     return "\n".join(
-        f"{name}: perplexity {result['perplexity']:.3f},"
+        f"{name}: perplexity {result['perplexity']:.3f}{_interval(result['perplexity_ci95'])},"
         f" {result['bits_per_byte']:.4f} bits a byte,"
         f" {result['nll_per_token']:.4f} nats a token"
         f" (standard error {_shown(result['nll_per_token_stderr'])}),"
         f" {result['tokens']:,} tokens in {result['documents']:,} documents"
         for name, result in results.items()
     )
+
+
+def _interval(interval: list[float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _shown(error: float | None) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table
 from apps.topk import cli, train
 from apps.topk.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from apps.topk.corpus.python_docs import PythonDocs
-from apps.topk.eval import PROVENANCE
+from apps.topk.evaluation.results import PROVENANCE
 from apps.topk.model import TopKTrainArgs
 from apps.topk.prepare import prepare
 from lingua.optim import build_lr_fn

@@ -12,7 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from apps.topk import cli, lingua_host, resume
-from apps.topk.eval import EvalArgs, ValidationArgs, check_dtype, check_validation
+from apps.topk.eval import EvalArgs, check_eval
+from apps.topk.evaluation.results import DONE_NAME
+from apps.topk.evaluation.sources import ValidationArgs
 from apps.topk.model import TopKTrainArgs
 from apps.topk.provenance import provenance, write_json
 from apps.topk.records import set_aside_records, trim_records
@@ -70,9 +72,9 @@ def _started(args: TopKTrainArgs, changes: list[str]) -> None:
 def _resumed(args: TopKTrainArgs, step: int) -> None:
     trim_records(args.dump_dir, step)
     if get_is_master():
-        for result in Path(args.dump_dir, "evals").glob("[0-9]*/validation.json"):
-            if int(result.parent.name) > step:  # made again, with its line in the records
-                result.unlink()
+        for mark in Path(args.dump_dir, "evals").glob(f"[0-9]*/{DONE_NAME}"):
+            if int(mark.parent.name) > step:  # made again, with its lines in the records
+                mark.unlink()
 
 
 def _write_provenance(args: TopKTrainArgs) -> None:
@@ -119,8 +121,7 @@ def _validate_eval(args: TopKTrainArgs) -> None:
         return  # the host refuses that, with more to say
     section = OmegaConf.create({"eval": args.eval})
     eval_args = cli.merge(_EvalSection, (section, "the config")).eval
-    check_validation(eval_args.validation, asdict(args.data), args.data.seq_len)
-    check_dtype(eval_args.dtype or args.distributed.model_dtype)
+    check_eval(eval_args, asdict(args.data), args.data.seq_len, args.distributed.model_dtype)
 
 
 @dataclass

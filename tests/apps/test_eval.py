@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from apps.topk.checkpoint import DTYPES, newest_checkpoint, open_checkpoint
-from apps.topk.eval import EvalArgs, ValidationArgs, find_sources, launch_eval
+from apps.topk.eval import EvalArgs, launch_eval
+from apps.topk.evaluation.sources import ValidationArgs, find_sources
 from apps.topk.train import train
 from lingua.checkpoint import consolidate_checkpoints
 from lingua_topk import topk_handle
@@ -119,7 +120,7 @@ def test_sources_of_the_same_name_are_told_apart(tmp_path):
     for folder in ("a", "b"):
         write_corpus(tmp_path / folder)
     data = {"root_dir": str(tmp_path / "a"), "sources": {"text": 1.0}}
-    found = find_sources(ValidationArgs(sources=[f"{tmp_path}/b/text"]), data)
+    found = find_sources(ValidationArgs(sources=[f"{tmp_path}/b/text"]), data, "provenance")
     assert set(found) == {f"{tmp_path}/a/text", f"{tmp_path}/b/text"}
 
 

@@ -1,16 +1,14 @@
 """Perplexity against what pencil and paper give."""
 
 import math
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
 
 from apps.main.transformer import LMTransformer, LMTransformerArgs
-from apps.topk.validation import (
+from apps.topk.evaluation.validation import (
     Documents,
-    batches_of,
     measures,
     n_scored,
     negative_log_likelihoods,
@@ -20,24 +18,9 @@ from apps.topk.validation import (
 from lingua.tokenizer import ByteTokenizer, MockTokenizer
 from lingua_topk import TopKArgs, apply_topk
 from lingua_topk.errors import DataError
+from tests.apps.bigram import bigram_transformer, random_table
 
 VOCABULARY = 5
-
-
-class Bigram(nn.Module):
-    """A model whose next token depends on the current one by a table of probabilities."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.logits = nn.Parameter(table.log())  # [V, V]
-
-    def forward(self, tokens):
-        return self.logits[tokens]  # [B, S, V]
-
-
-def table():
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64).softmax(-1)
 
 
 def documents(*lengths):
@@ -73,18 +56,11 @@ def test_windows_score_every_token_once_with_context_before_it(n_tokens, window,
     assert scored == list(range(1, n_tokens))
 
 
-def test_batches_hold_every_window_and_no_more_tokens_than_allowed():
-    windows = [one for d, n in enumerate((3, 40, 9, 2, 17)) for one in windows_of(d, n, 8, 4)]
-    batches = batches_of(windows, 20)
-    assert sorted(chain(*batches), key=repr) == sorted(windows, key=repr)
-    assert all(len(batch) * max(map(len, batch)) <= 20 for batch in batches)
-    assert max(map(len, batches)) > 1
-    assert [len(batch) for batch in batches_of(windows[:2], 1)] == [1, 1]
-
-
 @pytest.mark.parametrize(("window", "context"), [(4, 1), (4, 3), (16, 8), (512, 256)])
-def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(window, context):
-    model = Bigram(torch.full((VOCABULARY, VOCABULARY), 1 / VOCABULARY, dtype=torch.float64))
+@pytest.mark.parametrize("topk", [None, TopKArgs(k=2, n_last_nontopk=0)])
+def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(topk, window, context):
+    table = torch.full((VOCABULARY, VOCABULARY), 1 / VOCABULARY, dtype=torch.float64)
+    model = bigram_transformer(table, 512, topk)
     text = documents(3, 100, 1, 17)
     result = measures(text, negative_log_likelihoods(model, text, window, context, 64)[0])
     assert result["perplexity"] == pytest.approx(VOCABULARY, rel=1e-12)
@@ -93,10 +69,13 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(window, context):
     assert result["nll_per_token_stderr"] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("topk", [None, TopKArgs(k=2, n_last_nontopk=0)])
 @pytest.mark.parametrize(("window", "context"), [(4, 1), (5, 2), (512, 256)])
-def test_a_bigram_model_gets_what_its_table_says(window, context):
-    probabilities, text = table(), documents(30, 2, 7)
-    nll, _ = negative_log_likelihoods(Bigram(probabilities), text, window, context, 16)
+def test_a_bigram_model_gets_what_its_table_says(topk, window, context):
+    probabilities, text = random_table(VOCABULARY), documents(30, 2, 7)
+    model = bigram_transformer(probabilities, 512, topk)
+    nll, l0 = negative_log_likelihoods(model, text, window, context, 16)
+    assert set(l0.values()) <= {1.0}
     for got, tokens in zip(nll.tolist(), text.tokens, strict=True):
         pairs = pairwise(tokens)
         assert got == pytest.approx(-sum(math.log(probabilities[a, b]) for a, b in pairs))
@@ -107,8 +86,9 @@ def test_a_bigram_model_gets_what_its_table_says(window, context):
 
 
 def test_the_standard_error_is_that_of_resampled_documents():
-    probabilities, text = table(), documents(*range(2, 60))
-    nll, _ = negative_log_likelihoods(Bigram(probabilities), text, 512, 256, 4096)
+    text = documents(*range(2, 60))
+    model = bigram_transformer(random_table(VOCABULARY), 512)
+    nll, _ = negative_log_likelihoods(model, text, 512, 256, 4096)
     lengths = torch.tensor([len(tokens) - 1.0 for tokens in text.tokens], dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
     draws = torch.randint(len(lengths), (20_000, len(lengths)), generator=generator)

@@ -561,7 +561,8 @@ def _eval_folder(args: TrainArgs, checkpoint: Path) -> Path:
 
 def _evaluate_if_missing(args: TrainArgs, checkpoint: Path) -> None:
     """The evaluation of a checkpoint, where something ended the run before it or within it."""
-    if args.eval is None or (_eval_folder(args, checkpoint) / "validation.json").is_file():
+    # An evaluation writes this file last.
+    if args.eval is None or (_eval_folder(args, checkpoint) / "provenance.json").is_file():
         return
     logger.info("the evaluation of %s is missing: doing it now", checkpoint)
     evaluate(args, checkpoint)

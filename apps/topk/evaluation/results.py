@@ -1,0 +1,76 @@
+"""The files of an evaluation, in Meta Lingua's form and with their origin."""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from apps.topk.evaluation.validation import Documents
+from apps.topk.provenance import write_json, write_text
+from apps.topk.records import drop_step
+from lingua_topk.errors import ConfigError
+
+# The key of results.json and validation.json that is no task and no source.
+PROVENANCE = "provenance"
+TASKS_NAME = "results.json"
+VALIDATION_NAME = "validation.json"
+DOCUMENTS_NAME = "validation_documents.jsonl"
+# Written last: it is there when all of the evaluation is.
+DONE_NAME = "provenance.json"
+TASK_RECORDS = "metrics.eval.jsonl"
+VALIDATION_RECORDS = "metrics.validation.jsonl"
+
+
+def check_folder(folder: Path, checkpoint: Path) -> None:
+    """ConfigError where `folder` holds the evaluation of another checkpoint."""
+    try:
+        there = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if Path(there).resolve() != checkpoint.resolve():
+        raise ConfigError(
+            f"dump_dir={folder} holds the evaluation of {there}: give another folder for that of"
+            f" {checkpoint}"
+        )
+
+
+def write_validation(
+    folder: Path, results: dict[str, dict[str, Any]], lines: Iterator[dict[str, Any]],
+    origin: dict[str, Any],
+) -> None:  # fmt: skip
+    """validation.json, and validation_documents.jsonl from `lines`."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_text(folder / DOCUMENTS_NAME, text)
+    write_json(folder / VALIDATION_NAME, {**results, PROVENANCE: origin})
+
+
+def write_tasks(folder: Path, results: dict[str, Any], origin: dict[str, Any]) -> None:
+    """results.json: what `simple_evaluate` gives."""
+    write_json(folder / TASKS_NAME, {**results, PROVENANCE: origin})
+
+
+def write_done(folder: Path, origin: dict[str, Any]) -> None:
+    write_json(folder / DONE_NAME, origin)
+
+
+def document_lines(source: str, documents: Documents, nll) -> Iterator[dict[str, Any]]:
+    """A line of validation_documents.jsonl for each document; nll: nats, [documents]."""
+    for index, (tokens, n_bytes, nats) in enumerate(
+        zip(documents.tokens, documents.sizes, nll.tolist(), strict=True)
+    ):
+        yield {
+            "source": source, "document": index, "tokens": max(len(tokens) - 1, 0),
+            "bytes": n_bytes, "nll": nats,
+        }  # fmt: skip
+
+
+def append_record(path: Path, content: dict[str, Any], step: int | None) -> None:
+    """A line of a run's records; an evaluation that is done again replaces its own."""
+    line = {"created_at": datetime.now(timezone.utc).isoformat(), **content}
+    if step is not None:
+        line["global_step"] = step
+    if path.is_file() and step is not None:
+        drop_step(path, step)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

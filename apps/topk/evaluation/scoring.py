@@ -1,0 +1,245 @@
+"""Log-likelihoods of continuations given their contexts.
+
+Continuations that share a context are read in one row: the context once, each continuation
+behind it at its own positions, seeing the context and itself. What is not scored is never
+projected onto the vocabulary. The log-softmax is in float32 or better and sums are in
+float64, whatever the model's dtype.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from apps.topk.inference import CAUSAL, hidden_states, visible, window_of
+from lingua_topk.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+# Shorter contexts are read once more rather than behind a mask, which attention is slower with.
+LEAST_SHARED_CONTEXT = 8
+# Logits that are held at once.
+LOGITS_CHUNK = 2**24
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids, each side at least one: how likely is `continuation` after `context`?"""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass
+class Row:
+    """Tokens that are read together, and what is predicted from them.
+
+    Segment 0 is the context, which all see; the others see it and themselves. A prediction is
+    the place in the row that it is made from, the token, and the request it belongs to.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    segments: list[int]
+    predictions: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, request: int, continuation: Sequence[int], n_context: int) -> None:
+        """A continuation behind the first `n_context` tokens of the row, its context."""
+        place = n_context - 1
+        segment = self.segments[-1] + 1
+        for offset, token in enumerate(continuation):
+            self.predictions.append((place, token, request))
+            if offset + 1 < len(continuation):  # the last token predicts nothing
+                place = len(self.tokens)
+                self.tokens.append(token)
+                self.positions.append(n_context + offset)
+                self.segments.append(segment)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every token sees all before it: at most one continuation has tokens."""
+        return self.positions == list(range(len(self)))
+
+
+@dataclass
+class Scores:
+    """Of every request: nats, float64 [N]; and whether each token was the likeliest, bool [N]."""
+
+    log_likelihoods: Tensor
+    greedy: Tensor
+
+
+def rows_of(requests: Sequence[Request], window: int, share_contexts: bool = True) -> list[Row]:
+    """The rows that score all requests, each of at most `window` tokens.
+
+    A context that is too long with its continuation loses tokens on the left. DataError for
+    a continuation that is longer than the window by itself.
+    """
+    rows: list[Row] = []
+    open_rows: dict[tuple[int, ...], Row] = {}
+    for index, request in enumerate(requests):
+        context = _fitting_context(request, window)
+        row = open_rows.get(context)
+        if row is None or len(row) + len(request.continuation) - 1 > window:
+            row = Row(list(context), list(range(len(context))), [0] * len(context))
+            rows.append(row)
+            if share_contexts and len(context) >= LEAST_SHARED_CONTEXT:
+                open_rows[context] = row
+        row.add(index, request.continuation, len(context))
+    return rows
+
+
+def _fitting_context(request: Request, window: int) -> tuple[int, ...]:
+    # All but the last token are read.
+    room = window + 1 - len(request.continuation)
+    if room < 1:
+        raise DataError(
+            f"a text of {len(request.continuation)} tokens is to be scored at once, and the model"
+            f" sees {window}: score it as rolling windows, or in shorter pieces"
+        )
+    return request.context[-room:]
+
+
+def batches_of(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
+    """Rows of similar length together, at most `batch_tokens` tokens with the padding.
+
+    The longest come first, so that what does not fit into memory shows at once; a single
+    longer row is a batch of its own.
+    """
+    batches: list[list[Row]] = []
+    # Rows without a mask stay among themselves.
+    for row in sorted(rows, key=lambda row: (not row.is_causal, len(row)), reverse=True):
+        last = batches[-1] if batches else None
+        if (
+            last
+            and last[0].is_causal == row.is_causal
+            and (len(last) + 1) * len(last[0]) <= batch_tokens
+        ):
+            last.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+@torch.inference_mode()
+def score(
+    model: nn.Module,
+    requests: Sequence[Request],
+    window: int,
+    batch_tokens: int,
+    label: str = "scoring",
+    share_contexts: bool = True,
+    before: Callable[[Tensor], None] | None = None,
+) -> Scores:
+    """The scores of all requests, in their order.
+
+    All processes call it with the same requests and get the same; each reads its share.
+    window: tokens that the model sees at once; batch_tokens: tokens a batch, padding included;
+    share_contexts: whether to read continuations of one context in one row; before: called
+    before each forward with the places that something is predicted from, bool [B, S].
+    CheckpointError where the model gives no numbers.
+    """
+    rank, size = _rank_and_size()
+    device = next(model.parameters()).device
+    rows = rows_of(requests, window, share_contexts)
+    batches = batches_of(rows, batch_tokens)[rank::size]
+    totals = torch.zeros(len(requests), dtype=torch.float64, device=device)
+    misses = torch.zeros(len(requests), dtype=torch.int64, device=device)
+    with _progress(label, batches, rank) as bar:
+        for batch in batches:
+            losses, hits, owners = _scored(model, batch, device, before)
+            totals.index_add_(0, owners, -losses.double())
+            misses.index_add_(0, owners, (~hits).long())
+            bar.update(sum(map(len, batch)))
+    if size > 1:
+        dist.all_reduce(totals)
+        dist.all_reduce(misses)
+    _check_finite(totals)
+    return Scores(totals.cpu(), (misses == 0).cpu())
+
+
+def _progress(label: str, batches: list[list[Row]], rank: int) -> tqdm:
+    """A bar over tokens, since the batches at the end are the quick ones."""
+    n_tokens = sum(len(row) for batch in batches for row in batch)
+    logger.info("%s: %s tokens in %d batches", label, f"{n_tokens:,}", len(batches))
+    return tqdm(
+        total=n_tokens, desc=label, unit="tok", unit_scale=True, leave=False,
+        disable=None if rank == 0 else True,
+    )  # fmt: skip
+
+
+def _scored(
+    model: nn.Module,
+    batch: list[Row],
+    device: torch.device,
+    before: Callable[[Tensor], None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every prediction of a batch: nats, whether it is the likeliest, its request; [M] each."""
+    tokens, positions, segments = (x.to(device) for x in _padded(batch))  # [B, S]
+    # Row of the batch, place in the row, token, request.
+    found = [(i, *prediction) for i, row in enumerate(batch) for prediction in row.predictions]
+    rows, places, targets, owners = torch.tensor(found, device=device).unbind(1)  # [M]
+    if before is not None:
+        is_scored = torch.zeros_like(tokens, dtype=torch.bool)
+        is_scored[rows, places] = True
+        before(is_scored)
+    sliding = window_of(model)
+    causal = batch[0].is_causal and sliding is None
+    mask = CAUSAL if causal else _mask(positions, segments, sliding)
+    h = hidden_states(model, tokens, positions, mask)[rows, places]  # [M, D]
+    losses, hits = [], []
+    size = max(LOGITS_CHUNK // model.tok_embeddings.num_embeddings, 1)
+    for part, wanted in zip(h.split(size), targets.split(size), strict=True):
+        logits = model.output(part)  # [m, V]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(wide, wanted, reduction="none"))
+        hits.append(wide.argmax(dim=-1) == wanted)
+    return torch.cat(losses), torch.cat(hits), owners
+
+
+def _padded(batch: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and segments of the rows, int64 [B, S], padded at the end."""
+    shape = len(batch), max(map(len, batch))
+    tokens, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    segments = torch.full(shape, PADDING)
+    for i, row in enumerate(batch):
+        n = len(row)
+        tokens[i, :n] = torch.tensor(row.tokens)
+        positions[i, :n] = torch.tensor(row.positions)
+        segments[i, :n] = torch.tensor(row.segments)
+    return tokens, positions, segments
+
+
+def _mask(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
+    """Which token sees which: bool [B, S, S] of positions and segments, [B, S].
+
+    Padding sees itself, since a row that sees nothing would become NaN.
+    """
+    shared = segments[:, None, :] == 0
+    own = segments[:, :, None] == segments[:, None, :]
+    return visible(positions, positions, window) & (shared | own)
+
+
+def _check_finite(totals: Tensor) -> None:
+    n_bad = int((~totals.isfinite()).sum())
+    if n_bad:
+        raise CheckpointError(
+            f"the model gives no finite log-likelihood for {n_bad} of {len(totals)} texts: its"
+            " outputs overflow, or hold NaN; evaluate it with dtype=fp32, or use an earlier"
+            " checkpoint"
+        )
+
+
+def _rank_and_size() -> tuple[int, int]:
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

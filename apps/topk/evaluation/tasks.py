@@ -1,0 +1,234 @@
+"""Run lm-eval's tasks one after the other, so that an evaluation that is killed goes on.
+
+Each finished task lies in a file of its own until all are done.
+"""
+
+import difflib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Optional
+
+import torch.distributed as dist
+
+from apps.main.eval import LMHarnessArgs
+from apps.topk import cli
+from apps.topk.provenance import write_json
+from lingua.distributed import get_global_rank, get_world_size
+from lingua_topk.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+WORK_FOLDER = "tasks"  # below the evaluation's dump_dir
+# Of lm-eval's results: a dict by task each; of the rest there is one for all tasks.
+BY_TASK = (
+    "results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better",
+    "n-samples", "samples",
+)  # fmt: skip
+# What `simple_evaluate` takes from elsewhere, or what has no meaning for one model on its device.
+NOT_PASSED = ("tasks", "device", "verbosity", "include_path", "batch_tokens", "add_bos")
+
+
+@dataclass
+class HarnessArgs(LMHarnessArgs):
+    """Keyword arguments of lm-eval's `simple_evaluate`, as in Meta Lingua, and ours."""
+
+    # A folder of tasks of one's own. It can hold Python, which lm-eval runs.
+    include_path: Optional[str] = None  # noqa: UP045 (OmegaConf reads this spelling only)
+    # Tokens a batch, padding included.
+    batch_tokens: int = 4096
+    # bos before a text; null: as in training.
+    add_bos: Optional[bool] = None  # noqa: UP045
+
+
+def check_harness(args: HarnessArgs, section: str = "harness") -> None:
+    """ConfigError for what is not allowed and for unknown tasks; nothing is loaded."""
+    if not args.tasks:
+        raise ConfigError(f"{section}.tasks is empty: name at least one task, or leave harness out")
+    if args.batch_tokens < 1:
+        raise ConfigError(
+            f"{section}.batch_tokens={args.batch_tokens} is too small: give 1 or more"
+        )
+    if args.limit is not None and args.limit <= 0:
+        raise ConfigError(
+            f"{section}.limit={args.limit} is not allowed: give a number of documents"
+        )
+    if args.apply_chat_template:
+        raise ConfigError(
+            f"{section}.apply_chat_template={args.apply_chat_template}: these tokenizers have no"
+            " chat template; set it to false"
+        )
+    if args.use_cache is not None and get_world_size() > 1:
+        raise ConfigError(
+            f"{section}.use_cache={args.use_cache}: the processes share each task's work, and a"
+            " cache for each would divide them; set it to null, or use one process"
+        )
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise ConfigError(
+            f"{section}.include_path={args.include_path} is not a folder: make one with"
+            " python -m apps.topk.tasks, or give the folder that your tasks lie in"
+        )
+    _check_names(args, section)
+
+
+def name_of(spec: Any) -> str:
+    """The name of a task as `tasks` gives it: itself, or a mapping with it under `task`."""
+    return str(spec.get("task") or spec.get("group") if isinstance(spec, dict) else spec)
+
+
+def _check_names(args: HarnessArgs, section: str) -> None:
+    known = set(_manager(args).all_tasks)
+    names = [name_of(spec) for spec in args.tasks]
+    for spec, name in zip(args.tasks, names, strict=True):
+        makes_one = isinstance(spec, dict) and "dataset_path" in spec
+        if name in known or makes_one or Path(name).is_file():
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        raise ConfigError(
+            f"{section}.tasks: {name!r} is no task"
+            + (f" of lm-eval's, nor below {args.include_path}" if args.include_path else "")
+            + (f": did you mean {close[0]}?" if close else ": lm-eval ls tasks lists them all")
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"{section}.tasks names {', '.join(twice)} more than once: once is enough"
+        )
+
+
+def _manager(args: HarnessArgs):
+    from lm_eval.tasks import TaskManager
+
+    # lm-eval says INFO of every step, and warns where a folder's task hides one of its own.
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    return TaskManager(include_path=args.include_path)
+
+
+def run_tasks(
+    make_model: Callable[[], Any], args: HarnessArgs, folder: Path, settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The results of all tasks in the form of `simple_evaluate`; None but in process 0.
+
+    make_model: gives the adapter, called if there is a task left to do. settings: JSON that
+    tells a finished task of this evaluation from one of another. DataError for a task whose
+    documents cannot be had.
+    """
+    import lm_eval
+
+    manager = _manager(args)
+    options = {one.name: getattr(args, one.name) for one in fields(args)}
+    settings = {**settings, "lm_eval": lm_eval.__version__, "options": {**options, "tasks": None}}
+    done = _broadcast({
+        name_of(spec): content
+        for spec in args.tasks
+        if (content := _finished(_file(folder, spec), spec, settings)) is not None
+    })  # fmt: skip
+    left = [spec for spec in args.tasks if name_of(spec) not in done]
+    if done:
+        logger.info("done before: %s", ", ".join(done))
+    _check_loadable(manager, left)
+    model = make_model() if left else None
+    for number, spec in enumerate(left, start=len(done) + 1):
+        logger.info("task %d of %d: %s", number, len(args.tasks), name_of(spec))
+        model.name = f"{name_of(spec)} ({number} of {len(args.tasks)})"
+        results = _evaluate(lm_eval, model, spec, manager, options)
+        if get_global_rank() == 0:
+            done[name_of(spec)] = _plain(results)
+            content = {"settings": settings, "spec": spec, "results": done[name_of(spec)]}
+            write_json(_file(folder, spec), _plain(content))
+    if get_global_rank() != 0:
+        return None
+    return _merged([done[name_of(spec)] for spec in args.tasks])
+
+
+def forget_work(folder: Path) -> None:
+    """Remove the files of the single tasks, once their results are elsewhere."""
+    shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+
+
+def _check_loadable(manager: Any, specs: Sequence[Any]) -> None:
+    """Every task's documents are there: better known before the work than after.
+
+    Process 0 looks, and so downloads alone.
+    """
+    problem = _problem(manager, specs) if get_global_rank() == 0 else None
+    problem = _broadcast(problem)
+    if problem is not None:
+        raise DataError(problem)
+
+
+def _problem(manager: Any, specs: Sequence[Any]) -> str | None:
+    for spec in specs:
+        try:
+            manager.load([spec])
+        except Exception as error:  # of the hub, of datasets, of a task's own Python
+            return (
+                f"harness.tasks: {name_of(spec)} cannot be loaded"
+                f" ({type(error).__name__}: {cli.one_line(str(error))[:300]}): where there is no"
+                " network, download it elsewhere and set HF_HOME and HF_DATASETS_OFFLINE=1, or"
+                " make local tasks with python -m apps.topk.tasks and give harness.include_path"
+            )
+    return None
+
+
+def _evaluate(lm_eval: Any, model: Any, spec: Any, manager: Any, options: dict[str, Any]) -> Any:
+    passed = {name: value for name, value in options.items() if name not in NOT_PASSED}
+    if get_global_rank() != 0:
+        passed["bootstrap_iters"] = 0  # its result is not used
+    return lm_eval.simple_evaluate(
+        model=model, tasks=[spec], task_manager=manager, **passed,
+    )  # fmt: skip
+
+
+def _file(folder: Path, spec: Any) -> Path:
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name_of(spec))
+    return folder / WORK_FOLDER / f"{name}.json"
+
+
+def _finished(path: Path, spec: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What a task gave when it was done with these settings; None where it was not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        same = (content["spec"], content["settings"]) == (_plain(spec), _plain(settings))
+        return content["results"] if same else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key in BY_TASK and isinstance(value, dict):
+                merged.setdefault(key, {}).update(value)
+            else:
+                merged.setdefault(key, value)
+    return merged
+
+
+def _plain(content: Any) -> Any:
+    """As JSON can hold it: numbers of numpy as numbers, NaN and infinities as null."""
+    from lm_eval.utils import handle_non_serializable
+
+    return _finite(json.loads(json.dumps(content, default=handle_non_serializable)))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _broadcast(content: Any) -> Any:
+    """Process 0's, in all."""
+    if dist.is_initialized():
+        box = [content]
+        dist.broadcast_object_list(box)
+        return box[0]
+    return content
