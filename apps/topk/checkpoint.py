@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
+from apps.main.transformer import LMTransformer
 from apps.topk.cli import one_line
 from apps.topk.model import TopKTransformer, TopKTransformerArgs
 from lingua.args import dataclass_from_dict
@@ -85,20 +86,19 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """The model and its training as results name them; JSON."""
         with torch.device("meta"):
-            model = TopKTransformer(self.model_args)
-        handle = topk_handle(model)
-        layers = [] if handle is None else list(handle.modules)
+            model = LMTransformer(self.model_args)
+        topk, n_layers = self.model_args.topk, self.model_args.n_layers
         tokenizer = self.params["data"]["tokenizer"]
         return {
             "name": self.params.get("name"),
             "dim": self.model_args.dim,
-            "n_layers": self.model_args.n_layers,
+            "n_layers": n_layers,
             "vocab_size": self.model_args.vocab_size,
             "parameters": sum(p.numel() for p in model.parameters()),
             "steps": self.params["steps"],
             "tokens": self.tokens,
             "seed": self.params.get("seed"),
-            "topk": handle and {**asdict(self.model_args.topk), "layers": layers},
+            "topk": topk and {**asdict(topk), "layers": list(topk.topk_layers(n_layers))},
             "tokenizer": {
                 "name": tokenizer.get("name"),
                 "path": tokenizer.get("path"),

@@ -195,7 +195,7 @@ class _Evaluation:
         return HarnessModel(
             self.model, self.tokenizer, self.checkpoint.model_args.max_seqlen,
             harness.batch_tokens, add_bos if harness.add_bos is None else harness.add_bos,
-            seed=harness.torch_random_seed,
+            name=str(self.checkpoint.folder), seed=harness.torch_random_seed,
         )  # fmt: skip
 
     def validate(self, plan: ValidationPlan) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import math
 from itertools import chain, pairwise
 
+import lm_eval.utils
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from apps.main.transformer import LMTransformer, LMTransformerArgs
 from apps.topk.evaluation import scoring
 from apps.topk.evaluation.scoring import Request, batches_of, rows_of, score
 from lingua_topk import TopKArgs, apply_topk
-from lingua_topk.errors import CheckpointError, DataError
+from lingua_topk.errors import CheckpointError
 from tests.apps.bigram import bigram_transformer, random_table
 
 VOCABULARY, WINDOW = 40, 24
@@ -115,13 +116,25 @@ def test_one_token_each_costs_nothing_beyond_the_context():
     assert [prediction[:2] for prediction in row.predictions] == [(9, i) for i in range(30)]
 
 
-def test_a_long_context_loses_its_beginning_and_a_long_continuation_is_refused():
+def test_a_long_context_loses_its_beginning():
     (row,) = rows_of([Request(tuple(range(100)), (1, 2, 3))], 8)
     assert row.tokens == [94, 95, 96, 97, 98, 99, 1, 2]
     (row,) = rows_of([Request((5, 6), tuple(range(8)))], 8)
     assert row.tokens == [6, *range(7)]
-    with pytest.raises(DataError, match="a text of 9 tokens is to be scored at once"):
-        rows_of([Request((5,), tuple(range(9)))], 8)
+
+
+def test_a_long_continuation_is_scored_in_pieces():
+    """In the disjoint windows that lm-eval cuts a document into."""
+    tokens = list(range(100, 120))
+    rows = rows_of([Request((5, 6), tuple(tokens))], 8)
+    windows = lm_eval.utils.get_rolling_token_windows(tokens, 6, 8, 1)
+    assert [(row.tokens, [p[1] for p in row.predictions]) for row in rows] == list(windows)
+    model = bigram_transformer(random_table(VOCABULARY), WINDOW)
+    request = Request((3,), tuple(i % VOCABULARY for i in range(3 * WINDOW)))
+    got = score(model, [request], WINDOW, 64).log_likelihoods.item()
+    pairs = pairwise((3, *request.continuation))
+    table = random_table(VOCABULARY)
+    assert got == pytest.approx(sum(math.log(table[a, b]) for a, b in pairs), rel=1e-9)
 
 
 def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed():

@@ -17,7 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
 from apps.topk.evaluation.scoring import Request, score
-from apps.topk.generation import Generator, Sampling
+from apps.topk.generation import Generator
+from apps.topk.sampling import Sampling
 from lingua_topk.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class HarnessModel(TemplateLM):
         self.batch_tokens = batch_tokens
         self.name = name
         self.seed = seed
+        self.label = "texts"  # of the progress bar
         self._tokenizer = tokenizer
         bos, eos = (getattr(tokenizer, which, None) for which in ("bos_id", "eos_id"))
         if bos is None and eos is None:
@@ -106,7 +108,7 @@ class HarnessModel(TemplateLM):
                     f"a task's continuation {texts[1][:80]!r} has no token of its own after its"
                     " context: correct the task's documents"
                 )
-        scores = score(self.model, asked, self.max_length, self.batch_tokens, self._label("texts"))
+        scores = score(self.model, asked, self.max_length, self.batch_tokens, self.label)
         answers = list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -130,9 +132,7 @@ class HarnessModel(TemplateLM):
             for context, continuation in map(make_disjoint_window, windows):
                 asked.append(Request(tuple(context), tuple(continuation)))
                 owners.append(index)
-        scores = score(
-            self.model, asked, self.max_length, self.batch_tokens, self._label("windows")
-        )
+        scores = score(self.model, asked, self.max_length, self.batch_tokens, self.label)
         totals = torch.zeros(len(texts), dtype=torch.float64)
         totals.index_add_(0, torch.tensor(owners, dtype=torch.int64), scores.log_likelihoods)
         for text, total in zip(texts, totals.tolist(), strict=True):
@@ -183,6 +183,3 @@ class HarnessModel(TemplateLM):
             seed=self.seed,
             stop=tuple([stop] if isinstance(stop, str) else stop),
         )
-
-    def _label(self, what: str) -> str:
-        return f"{self.name} {what}".strip()

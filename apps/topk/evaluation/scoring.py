@@ -7,7 +7,7 @@ float64, whatever the model's dtype.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apps.topk.inference import CAUSAL, hidden_states, visible, window_of
-from lingua_topk.errors import CheckpointError, DataError
+from lingua_topk.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -81,32 +81,29 @@ class Scores:
 def rows_of(requests: Sequence[Request], window: int, share_contexts: bool = True) -> list[Row]:
     """The rows that score all requests, each of at most `window` tokens.
 
-    A context that is too long with its continuation loses tokens on the left. DataError for
-    a continuation that is longer than the window by itself.
+    A context that is too long with its continuation loses tokens on the left. A continuation
+    that is longer than the window by itself is scored in pieces of that length.
     """
     rows: list[Row] = []
     open_rows: dict[tuple[int, ...], Row] = {}
     for index, request in enumerate(requests):
-        context = _fitting_context(request, window)
-        row = open_rows.get(context)
-        if row is None or len(row) + len(request.continuation) - 1 > window:
-            row = Row(list(context), list(range(len(context))), [0] * len(context))
-            rows.append(row)
-            if share_contexts and len(context) >= LEAST_SHARED_CONTEXT:
-                open_rows[context] = row
-        row.add(index, request.continuation, len(context))
+        for context, piece in _pieces(request, window):
+            row = open_rows.get(context)
+            if row is None or len(row) + len(piece) - 1 > window:
+                row = Row(list(context), list(range(len(context))), [0] * len(context))
+                rows.append(row)
+                if share_contexts and len(context) >= LEAST_SHARED_CONTEXT:
+                    open_rows[context] = row
+            row.add(index, piece, len(context))
     return rows
 
 
-def _fitting_context(request: Request, window: int) -> tuple[int, ...]:
-    # All but the last token are read.
-    room = window + 1 - len(request.continuation)
-    if room < 1:
-        raise DataError(
-            f"a text of {len(request.continuation)} tokens is to be scored at once, and the model"
-            f" sees {window}: score it as rolling windows, or in shorter pieces"
-        )
-    return request.context[-room:]
+def _pieces(request: Request, window: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Contexts and what is scored after them, so that all but the last token fit the window."""
+    tokens = request.context + request.continuation
+    for start in range(len(request.context), len(tokens), window):
+        piece = tokens[start : start + window]
+        yield tokens[max(start + len(piece) - window - 1, 0) : start], piece
 
 
 def batches_of(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:

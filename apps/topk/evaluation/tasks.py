@@ -4,6 +4,7 @@ Each finished task lies in a file of its own until all are done.
 """
 
 import difflib
+import functools
 import json
 import logging
 import math
@@ -89,8 +90,8 @@ def _check_names(args: HarnessArgs, section: str) -> None:
             continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         raise ConfigError(
-            f"{section}.tasks: {name!r} is no task"
-            + (f" of lm-eval's, nor below {args.include_path}" if args.include_path else "")
+            f"{section}.tasks: {name!r} is no task of lm-eval"
+            + (f" and none below {args.include_path}" if args.include_path else "")
             + (f": did you mean {close[0]}?" if close else ": lm-eval ls tasks lists them all")
         )
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -101,11 +102,21 @@ def _check_names(args: HarnessArgs, section: str) -> None:
 
 
 def _manager(args: HarnessArgs):
+    names = tuple(name_of(spec) for spec in args.tasks)
+    own = _task_manager(args.include_path, include_defaults=False) if args.include_path else None
+    if own is not None and set(names) <= set(own.all_tasks):
+        return own
+    return _task_manager(args.include_path, include_defaults=True)
+
+
+@functools.lru_cache
+def _task_manager(include_path: str | None, include_defaults: bool):
+    """lm-eval's index of tasks, of which reading its own takes seconds."""
     from lm_eval.tasks import TaskManager
 
     # lm-eval says INFO of every step, and warns where a folder's task hides one of its own.
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    return TaskManager(include_path=args.include_path)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def run_tasks(
@@ -134,7 +145,7 @@ def run_tasks(
     model = make_model() if left else None
     for number, spec in enumerate(left, start=len(done) + 1):
         logger.info("task %d of %d: %s", number, len(args.tasks), name_of(spec))
-        model.name = f"{name_of(spec)} ({number} of {len(args.tasks)})"
+        model.label = f"{name_of(spec)} ({number} of {len(args.tasks)})"
         results = _evaluate(lm_eval, model, spec, manager, options)
         if get_global_rank() == 0:
             done[name_of(spec)] = _plain(results)
