@@ -114,8 +114,8 @@ def _task_manager(include_path: str | None, include_defaults: bool):
     """lm-eval's index of tasks, of which reading its own takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    # lm-eval says INFO of every step, and warns where a folder's task hides one of its own.
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    # It warns of its own tasks, about which a user can do nothing.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
@@ -175,7 +175,7 @@ def _check_loadable(manager: Any, specs: Sequence[Any]) -> None:
 def _problem(manager: Any, specs: Sequence[Any]) -> str | None:
     for spec in specs:
         try:
-            manager.load([spec])
+            manager.load(_specs(manager, spec))
         except Exception as error:  # of the hub, of datasets, of a task's own Python
             return (
                 f"harness.tasks: {name_of(spec)} cannot be loaded"
@@ -190,9 +190,19 @@ def _evaluate(lm_eval: Any, model: Any, spec: Any, manager: Any, options: dict[s
     passed = {name: value for name, value in options.items() if name not in NOT_PASSED}
     if get_global_rank() != 0:
         passed["bootstrap_iters"] = 0  # its result is not used
-    return lm_eval.simple_evaluate(
-        model=model, tasks=[spec], task_manager=manager, **passed,
-    )  # fmt: skip
+    specs = _specs(manager, spec)
+    return lm_eval.simple_evaluate(model=model, tasks=specs, task_manager=manager, **passed)
+
+
+def _specs(manager: Any, spec: Any) -> list[Any]:
+    """What lm-eval takes for one of ours: a task that is known, with other settings, as a task.
+
+    lm-eval itself lets the members of a group have other settings, but not a task by itself.
+    """
+    if not isinstance(spec, dict) or name_of(spec) not in manager.all_tasks:
+        return [spec]
+    group = manager.load([{"group": name_of(spec), "task": [spec]}])
+    return list(group["tasks"].values())
 
 
 def _file(folder: Path, spec: Any) -> Path:
