@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: perplexity on held-out documents, measured L0, and lm-eval's tasks."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -251,10 +252,22 @@ def _device() -> torch.device:
 
 
 def tasks_summary(results: dict[str, Any]) -> str:
-    """lm-eval's own table."""
-    from lm_eval.utils import make_table
+    """A line a task with its numbers, for the terminal and the log."""
+    return "\n".join(
+        f"{task}: {', '.join(_numbers(measured))}" for task, measured in results["results"].items()
+    )
 
-    return "tasks\n" + make_table(results)
+
+def _numbers(measured: dict[str, Any]) -> Iterator[str]:
+    """lm-eval's names are METRIC,FILTER and METRIC_stderr,FILTER."""
+    for key, value in measured.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = measured.get(f"{metric}_stderr,{kind}")
+        name = metric if kind == "none" else f"{metric} ({kind})"
+        shown = f" ± {error:.4g}" if isinstance(error, int | float) else ""
+        yield f"{name} {value:.4g}{shown}"
 
 
 def summary(results: dict[str, dict[str, Any]]) -> str:

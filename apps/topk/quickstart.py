@@ -1,11 +1,11 @@
 """The main job on one machine: real text in, a TopK model and its vanilla twin out.
 
 Prepares the documentation of the Python that runs, trains both models from
-configs/quickstart.yaml, each in a process of its own, and compares them on the documents
-that were held out. What is there from an earlier run is used.
+configs/quickstart.yaml, each in a process of its own, evaluates them on the documents that
+were held out (perplexity, and tasks in the manner of WikiText, LAMBADA and HellaSwag that are
+made of them) and compares the two. What is there from an earlier run is used.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -16,22 +16,26 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from apps.topk import cli, train
-from apps.topk.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
+from apps.topk.comparison import compare
 from apps.topk.corpus.python_docs import PythonDocs
-from apps.topk.evaluation.results import PROVENANCE
 from apps.topk.model import TopKTrainArgs
 from apps.topk.prepare import prepare
+from apps.topk.provenance import write_text
+from apps.topk.tasks import make_tasks
 from lingua.optim import build_lr_fn
-from lingua_topk.errors import CheckpointError, ConfigError
+from lingua_topk.errors import ConfigError
 
 PROGRAM = "apps.topk.quickstart"
 CONFIG = "configs/quickstart.yaml"
 SOURCE = PythonDocs.label
 VOCAB_SIZE = 2_000
 DUMP_DIR = "dumps/quickstart"
+TASKS_FOLDER = "tasks"  # below data.root_dir
+MAX_ITEMS = 100  # a task
+TABLE = "table.md"
 # The twin differs from the TopK model in this and in nothing else.
 RUNS = {"topk": [], "vanilla": ["model.topk=null"]}
 
@@ -40,14 +44,16 @@ usage: python -m {PROGRAM} [key=value ...]
 
 {__doc__}
 The keys are those of apps.topk.train and go to both runs, for example steps=100.
-dump_dir (default {DUMP_DIR}) holds one folder a run: {", ".join(RUNS)}.
+dump_dir (default {DUMP_DIR}) holds one folder a run: {", ".join(RUNS)}; and {TABLE}.
 Text is prepared where data.root_dir does not exist yet; data.tokenizer.path goes with it."""
 
 NEXT = """\
 What to try next, from {root}:
   another k:         {python} -m apps.topk.train config={config} model.topk.k=16 dump_dir=dumps/k16
   your own text:     {python} -m apps.topk.prepare --source FOLDER --out data/mine --vocab_size 2000
+  let it write:      {python} -m apps.topk.generate --ckpt {dump_dir}/topk --prompt "The list"
   what a run wrote:  {dump_dir}/topk: config.yaml, train.log, metrics.jsonl, checkpoints, evals
+  the table below:   {dump_dir}/table.md, with a legend; and table.csv
   what there is:     README.md, and --help of every program
 """
 
@@ -60,19 +66,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     overrides, dump_dir = _without_dump_dir(argv)
     args = _checked(overrides, dump_dir)
-    _prepare(Path(args.data.root_dir or ""))
+    root_dir = Path(args.data.root_dir or "")
+    _prepare(root_dir)
+    overrides += _harness(args, root_dir)
     for name, extra in RUNS.items():
         _train(name, [*overrides, *extra, f"name={name}", f"dump_dir={dump_dir / name}"])
         if open_checkpoint(newest_checkpoint(dump_dir / name)).step < args.steps:
             print(f"{name} was ended before its last step: run the quickstart again to go on")
             raise SystemExit(130)
-    print(
-        NEXT.format(
-            root=Path.cwd(), python=_shown(sys.executable), config=CONFIG, dump_dir=dump_dir
-        )
-    )
-    for table in comparison({name: dump_dir / name for name in RUNS}):
+    comparison = compare({name: dump_dir / name for name in RUNS})
+    write_text(dump_dir / TABLE, comparison.markdown())
+    write_text((dump_dir / TABLE).with_suffix(".csv"), comparison.csv())
+    python = _shown(sys.executable)
+    print(NEXT.format(root=Path.cwd(), python=python, config=CONFIG, dump_dir=dump_dir))
+    for table in comparison.tables():
         Console().print(table)
+
+
+def _harness(args: TopKTrainArgs, root_dir: Path) -> list[str]:
+    """The keys that evaluate on tasks made of the held-out text of the first source."""
+    source = next(iter(args.data.sources))
+    made = make_tasks(
+        out=str(root_dir / TASKS_FOLDER), text=str(root_dir / source), max_items=MAX_ITEMS
+    )
+    given = {"include_path": root_dir / TASKS_FOLDER, "tasks": f"[{','.join(made['tasks'])}]"}
+    return [
+        f"eval.harness.{key}={value}" for key, value in {**given, "bootstrap_iters": 1000}.items()
+    ]
 
 
 def _without_dump_dir(argv: Sequence[str]) -> tuple[list[str], Path]:
@@ -161,59 +181,6 @@ def _train(name: str, overrides: list[str]) -> None:
         signal.signal(signal.SIGTERM, before)
     if status != 0:
         raise SystemExit(status if status > 0 else 1)
-
-
-def comparison(dump_dirs: dict[str, Path]) -> list[Table]:
-    """The newest checkpoints of the runs side by side, a table a source.
-
-    The last run is the vanilla twin. CheckpointError where they differ in their steps.
-    """
-    checkpoints = {name: open_checkpoint(newest_checkpoint(d)) for name, d in dump_dirs.items()}
-    steps = {name: checkpoint.step for name, checkpoint in checkpoints.items()}
-    if len(set(steps.values())) > 1:
-        raise CheckpointError(
-            f"the runs have done different numbers of steps ({steps}): run the quickstart again,"
-            " and the shorter one goes on"
-        )
-    results = {name: _validation(dump_dirs[name], one) for name, one in checkpoints.items()}
-    twin = results[list(dump_dirs)[-1]]
-    tables = []
-    for source, measured in twin.items():
-        if source == PROVENANCE:
-            continue
-        table = Table(
-            title=f"held-out {source}: {measured['documents']:,} documents,"
-            f" {measured['tokens']:,} tokens"
-        )
-        for column in ("model", "k", "measured L0", "perplexity", "to the twin", "bits a byte"):
-            table.add_column(column, justify="left" if column == "model" else "right")
-        for name, checkpoint in checkpoints.items():
-            table.add_row(name, *_cells(checkpoint, results[name][source], measured))
-        tables.append(table)
-    return tables
-
-
-def _cells(checkpoint: Checkpoint, result: dict[str, Any], twin: dict[str, Any]) -> list[str]:
-    topk, dim = checkpoint.model_args.topk, checkpoint.model_args.dim
-    l0 = list(result["l0"].values())
-    return [
-        f"{topk.k} of {dim}" if topk else "all",
-        f"{sum(l0) / len(l0):.1f}" if l0 else "",
-        f"{result['perplexity']:.2f}",
-        f"{result['perplexity'] / twin['perplexity'] - 1:+.1%}" if topk else "",
-        f"{result['bits_per_byte']:.3f}",
-    ]
-
-
-def _validation(dump_dir: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the evaluation of a checkpoint wrote."""
-    path = dump_dir / "evals" / checkpoint.folder.name / "validation.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): run the quickstart again, and it is written anew"
-        ) from None
 
 
 def _shown(path: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.topk.tasks import make_tasks
 from lingua_topk.anneal import alpha_at
 from tests.apps.tiny import K, read_metrics, write_config, write_corpus
 
@@ -58,19 +59,26 @@ def train(host, corpus, dump_dir, *overrides, **launch):
 def corpus(tmp_path_factory):
     root = write_corpus(tmp_path_factory.mktemp("corpus"))
     write_config(root / "config.yaml")
+    make_tasks(out=str(root / "tasks"), text=str(root / "text"))
     return root
 
 
 @pytest.fixture(scope="module")
 def lingua_run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lingua") / "run"
-    return folder, train("lingua", corpus, folder, "eval.validation.context=8")
+    return folder, train("lingua", corpus, folder, *evaluation(corpus))
 
 
 @pytest.fixture(scope="module")
 def embedded_run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedded") / "run"
-    return folder, train("embedded", corpus, folder, "eval.validation.context=8")
+    return folder, train("embedded", corpus, folder, *evaluation(corpus))
+
+
+def evaluation(corpus):
+    """Perplexity of held-out documents, and a task of lm-eval's."""
+    harness = f"{{tasks: [text_rolling], include_path: {corpus}/tasks, bootstrap_iters: 0}}"
+    return "eval.validation.context=8", f"eval.harness={harness}"
 
 
 def compared(line):
@@ -107,6 +115,14 @@ def test_both_hosts_evaluate_the_same(lingua_run, embedded_run):
     assert results[0]["text"]["nll_per_token"] == pytest.approx(
         results[1]["text"]["nll_per_token"], abs=1e-4
     )
+    tasks = [
+        json.loads((folder / "evals" / f"{STEPS:010d}" / "results.json").read_text("utf-8"))
+        for folder, _ in (lingua_run, embedded_run)
+    ]
+    answers = [
+        [sample["resps"][0][0] for sample in one["samples"]["text_rolling"]] for one in tasks
+    ]
+    assert answers[0] == pytest.approx(answers[1], abs=1e-2) and len(answers[0]) == 6
     assert results[0]["provenance"]["host"].startswith("Meta Lingua at")
     assert results[1]["provenance"]["host"] == "embedded host"
 
