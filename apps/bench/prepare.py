@@ -1,9 +1,7 @@
 """How fast `apps.topk.prepare` is, and how much memory it takes at most."""
 
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -15,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from apps.bench.rows import append, machine
 from apps.topk import cli
 from apps.topk.corpus import flags
 from apps.topk.provenance import ROOT, provenance
@@ -76,7 +75,7 @@ def measure(
     made_by = provenance()
     row = {
         "date": made_by["created_at"],
-        "machine": _machine(),
+        "machine": machine(),
         "commit": made_by["commit"],
         "python": made_by["python"],
         "lingua_topk": made_by["lingua_topk"],
@@ -113,27 +112,12 @@ def _run(argv: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * unit / MB
 
 
-def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-
-
 def _show(row: dict[str, Any]) -> None:
     table = Table("what", "value", title=f"prepare --source {row['source']}")
     for name in list(row)[list(row).index("vocab_size") :]:
         value = row[name]
         table.add_row(name, f"{value:,}" if isinstance(value, (int, float)) else str(value))
     Console().print(table)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which is made where it is not there."""
-    path.parent.mkdir(exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":
