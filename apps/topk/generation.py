@@ -112,23 +112,32 @@ class Generator:
         sampling: Sampling,
         on_text: OnText | None = None,
         on_done: Callable[[int, Generation], None] | None = None,
+        draws: Sequence[int] | None = None,
     ) -> list[Generation]:
-        """`generate` for prompts that are token ids, with bos where that is wanted."""
+        """`generate` for prompts that are token ids, with bos where that is wanted.
+
+        draws: with the seed, what decides the draws of each prompt, in place of its index; for a
+        caller whose prompts are a part of all.
+        """
         ids = [[int(token) for token in prompt] for prompt in prompts]
         texts = [self.tokenizer.decode(prompt) for prompt in ids]
-        return self._generate(texts, ids, sampling, on_text, on_done)
+        return self._generate(texts, ids, sampling, on_text, on_done, draws)
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt, with bos where this generator adds one."""
         return list(self.tokenizer.encode(prompt, self.add_bos, False))
 
     @torch.inference_mode()
-    def _generate(self, texts, ids, sampling, on_text, on_done) -> list[Generation]:
+    def _generate(self, texts, ids, sampling, on_text, on_done, draws=None) -> list[Generation]:
+        draws = range(len(ids)) if draws is None else draws
         for index, prompt in enumerate(ids):
             self.check(prompt, index)
         results: dict[int, Generation] = {}
         for indices, slots in self._batches(list(map(len, ids)), sampling.max_tokens):
-            batch = [self._row(index, texts[index], ids[index], sampling) for index in indices]
+            batch = [
+                self._row(index, texts[index], ids[index], sampling, draws[index])
+                for index in indices
+            ]
             for row, piece in self._run(batch, slots, sampling):
                 if piece and on_text is not None:
                     on_text(row.index, piece)
@@ -139,9 +148,9 @@ class Generator:
                         on_done(row.index, done)
         return [results[index] for index in range(len(ids))]
 
-    def _row(self, index: int, prompt: str, ids: list[int], sampling: Sampling) -> _Row:
+    def _row(self, index: int, prompt: str, ids: list[int], sampling: Sampling, draw: int) -> _Row:
         stream = TextStream(self.tokenizer.decode, ids, sampling.stop)
-        return _Row(index, prompt, ids, stream, row_generator(sampling.seed, index))
+        return _Row(index, prompt, ids, stream, row_generator(sampling.seed, draw))
 
     def check(self, ids: Sequence[int], index: int = 0) -> None:
         """ConfigError for a prompt that the model cannot read; `index` is what it is called by."""

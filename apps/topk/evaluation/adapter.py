@@ -7,16 +7,17 @@ lm-eval itself runs alike in each, as if it were alone.
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
+from tqdm import tqdm
 
-from apps.topk.evaluation.scoring import Request, score
+from apps.topk.evaluation.scoring import Request, rank_and_size, score
 from apps.topk.generation import Generator
 from apps.topk.sampling import Sampling
 from lingua_topk.errors import ConfigError, DataError
@@ -102,6 +103,12 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
         """requests: (text pair or None, context ids, continuation ids). See `loglikelihood`."""
         asked = [Request(tuple(context), tuple(end)) for _, context, end in requests]
+        n_long = sum(len(one) > self.max_length + 1 for one in asked)
+        if n_long:
+            logger.warning(
+                "%s: %d of %d texts are longer than the %d tokens that the model sees, and are"
+                " read without their beginning", self.label, n_long, len(asked), self.max_length,
+            )  # fmt: skip
         for (texts, _, _), request in zip(requests, asked, strict=True):
             if not request.continuation:
                 raise DataError(
@@ -150,16 +157,30 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(requests)
         for sampling, members in groups.items():
             room = self.max_length - sampling.max_tokens
-            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
-            for i, text in zip(members, self._generate(prompts, sampling), strict=True):
+            prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in members}
+            for i, text in self._generate(prompts, sampling).items():
                 texts[i] = text
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[str]:
-        generator = Generator(self.model, self._tokenizer, batch_tokens=self.batch_tokens)
-        return [one.text for one in generator.generate_tokens(prompts, sampling)]
+    def _generate(self, prompts: dict[int, list[int]], sampling: Sampling) -> dict[int, str]:
+        """Each process continues its share of the prompts, and all get the texts."""
+        rank, size = rank_and_size()
+        share = list(prompts)[rank::size]
+        generator = Generator(self.model, self._tokenizer, self.batch_tokens)
+        with tqdm(
+            total=len(share), desc=self.label, leave=False, disable=None if rank == 0 else True
+        ) as bar:
+            found = generator.generate_tokens(
+                [prompts[i] for i in share], sampling, on_done=lambda *_: bar.update(), draws=share
+            )
+        texts = dict(zip(share, (one.text for one in found), strict=True))
+        if size == 1:
+            return texts
+        parts: list[dict[int, str]] = [{}] * size
+        dist.all_gather_object(parts, texts)
+        return {i: text for part in parts for i, text in part.items()}
 
     def _sampling(self, arguments: dict[str, Any]) -> Sampling:
         """What a task's generation_kwargs ask for."""

@@ -35,6 +35,9 @@ class Request:
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.context) + len(self.continuation)
+
 
 @dataclass
 class Row:
@@ -145,7 +148,7 @@ def score(
     before each forward with the places that something is predicted from, bool [B, S].
     CheckpointError where the model gives no numbers.
     """
-    rank, size = _rank_and_size()
+    rank, size = rank_and_size()
     device = next(model.parameters()).device
     rows = rows_of(requests, window, share_contexts)
     batches = batches_of(rows, batch_tokens)[rank::size]
@@ -236,7 +239,8 @@ def _check_finite(totals: Tensor) -> None:
         )
 
 
-def _rank_and_size() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
+    """Of the processes that share the work."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

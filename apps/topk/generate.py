@@ -1,0 +1,284 @@
+"""Continue texts with the model of a checkpoint: on the terminal, or many into a file."""
+
+import functools
+import json as jsonlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.topk import cli, terminal
+from apps.topk.checkpoint import (
+    CONSOLIDATED_NAME,
+    DTYPES,
+    METADATA_NAME,
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from apps.topk.corpus import flags, progress
+from apps.topk.generation import BATCH_TOKENS, Generation, Generator
+from apps.topk.prompts import read_prompts
+from apps.topk.provenance import provenance, write_json
+from apps.topk.sampling import Sampling
+from lingua_topk.errors import ConfigError
+
+PROGRAM = "apps.topk.generate"
+EXAMPLE = "--ckpt DUMP_DIR --prompt 'The file is'"
+PROVENANCE_SUFFIX = ".provenance.json"
+# Flags that may be given several times; their values are taken as they are.
+TEXT_FLAGS = ("prompt", "stop")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; mistakes raise a UserError, for `cli.run` to report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        argv = ["--help"]
+    rest, texts = _split_texts(argv)
+
+    @functools.wraps(generate)
+    def command(**arguments: Any) -> None:
+        generate(**arguments, **texts)
+
+    flags.call(command, PROGRAM, rest, EXAMPLE)
+
+
+def generate(
+    *,
+    ckpt: str,
+    prompt: str | Sequence[str] = "",
+    prompts: str = "",
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: str | Sequence[str] = "",
+    ignore_eos: bool = False,
+    num: int = 1,
+    json: str = "",
+    dtype: str = "fp32",
+    device: str = "",
+    as_trained: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+) -> None:
+    """Continue texts with the model of a checkpoint.
+
+    Without a prompt, on a terminal, it asks for them: each line that is entered is continued,
+    Ctrl-C stops a continuation, an empty line or Ctrl-D ends the program. Where the standard
+    input is no terminal, each of its lines is a prompt.
+
+    Control characters are shown escaped (newline and tab are not); with --json they are kept.
+
+    Args:
+        ckpt: the checkpoint, such as DUMP_DIR/checkpoints/0000001000, or the dump_dir of a
+            training run for its newest one.
+        prompt: the beginning of a text, which may be empty; give the flag several times for
+            several.
+        prompts: a file with more: one a line, empty lines passed over. In a .jsonl file a
+            prompt is a JSON string, or the "prompt" of an object, and may have several lines.
+        max_tokens: generated tokens a text, at most.
+        temperature: 0 takes the likeliest token each time; a number above 0 divides the
+            logits, and tokens are drawn.
+        top_p: draw from the smallest set of likeliest tokens with at least this probability,
+            above 0 and at most 1.
+        top_k: draw from this many likeliest tokens, before top_p applies; 0 for all.
+        seed: of the draws; with the same arguments the texts are the same.
+        stop: a string that ends a text and is cut off, taken as it is (in bash, $'\\n' is a
+            newline); give the flag several times for several.
+        ignore_eos: never take the token that ends a text.
+        num: completions a prompt, each with its own draws.
+        json: a new file for the results, one JSON object a line: index (of the prompt),
+            completion, prompt, text, tokens (ids), reason (eos, stop, length, or window where
+            the model's positions are used up). How they were made goes beside it, into
+            JSON.provenance.json.
+        dtype: what the model computes in: fp64, fp32, bf16 or fp16.
+        device: cpu or cuda; by default cuda where there is one.
+        as_trained: use a checkpoint from inside the annealing phase with the alpha that
+            training had reached.
+        batch_tokens: tokens that are kept in memory at once, prompts included; a batch has as
+            many texts as fit.
+
+    Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
+    that cannot be used.
+    """
+    sampling = Sampling(
+        max_tokens, temperature, top_p, top_k, seed, tuple(_listed(stop)), ignore_eos
+    )
+    _check(num, dtype, temperature, batch_tokens)
+    place = _device(device)
+    texts = read_prompts(_listed(prompt), prompts)
+    out = _new_file(json, has_prompts=texts is not None)
+    checkpoint = open_checkpoint(_checkpoint_folder(ckpt))
+    tokenizer, model = checkpoint.tokenizer(), checkpoint.model(place, DTYPES[dtype], as_trained)
+    add_bos = bool(checkpoint.params["data"].get("add_bos", True))
+    generator = Generator(model, tokenizer, batch_tokens, add_bos)
+    try:
+        if texts is None:
+            _converse(generator, sampling, num)
+        elif out is None and len(texts) * num == 1:
+            _stream(generator, sampling, texts[0])
+        else:
+            results = _batch(generator, sampling, texts * num)
+            if out is None:
+                _show(results, len(texts))
+            else:
+                _write(out, results, len(texts), _origin(checkpoint, sampling, dtype, place))
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"batch_tokens={batch_tokens} does not fit into the memory of {place}: give less, or"
+            " a smaller --dtype"
+        ) from None
+
+
+def _split_texts(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The other arguments, and the values of those flags that may hold any text, by name."""
+    rest, texts = [], {}
+    todo = list(argv)
+    while todo:
+        argument = todo.pop(0)
+        name, equals, value = argument[2:].partition("=")
+        if not argument.startswith("--") or name not in TEXT_FLAGS:
+            rest.append(argument)
+            # The value of another flag is not looked into.
+            if argument.startswith("--") and not equals and todo and not todo[0].startswith("--"):
+                rest.append(todo.pop(0))
+            continue
+        if not equals:
+            if not todo or todo[0].startswith("--"):
+                raise ConfigError(f"--{name} needs a value: write --{name} TEXT, or --{name}=TEXT")
+            value = todo.pop(0)
+        texts.setdefault(name, []).append(value)
+    return rest, texts
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        return [texts] if texts else []
+    return list(texts)
+
+
+def _check(num: int, dtype: str, temperature: float, batch_tokens: int) -> None:
+    if num < 1:
+        raise ConfigError(f"num={num} is not allowed: give at least 1")
+    if num > 1 and temperature == 0:
+        raise ConfigError(
+            f"num={num} with temperature=0 would give the same text {num} times: give a"
+            " --temperature above 0, such as 0.8"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
+
+
+def _device(name: str) -> torch.device:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if there else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not known: give cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ConfigError(f"device={name!r} is not there (CUDA devices: {there}): give cpu")
+    return device
+
+
+def _checkpoint_folder(ckpt: str) -> Path:
+    """The folder of a checkpoint, where `ckpt` is that of a run its newest one."""
+    folder = Path(ckpt).expanduser()
+    is_checkpoint = any((folder / name).is_file() for name in (METADATA_NAME, CONSOLIDATED_NAME))
+    has_checkpoints = not is_checkpoint and (folder / "checkpoints").is_dir()
+    return newest_checkpoint(folder) if has_checkpoints else folder
+
+
+def _new_file(name: str, has_prompts: bool) -> Path | None:
+    """The file to write. ConfigError where it is there, or could not be written in the end."""
+    if not name:
+        return None
+    path = Path(name).expanduser()
+    if not has_prompts:
+        raise ConfigError(f"json={name!r} needs prompts: give --prompt or --prompts")
+    for one in (path, _beside(path)):
+        if one.exists() or one.is_symlink():
+            raise ConfigError(f"json={name!r}: {one} is there already: choose another --json")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"json={name!r}: {path.parent} is no folder that can be written to")
+    return path
+
+
+def _beside(path: Path) -> Path:
+    return Path(f"{path}{PROVENANCE_SUFFIX}")
+
+
+def _converse(generator: Generator, sampling: Sampling, num: int) -> None:
+    if num > 1:
+        raise ConfigError(f"num={num} needs prompts: give --prompt or --prompts")
+    terminal.converse(generator, sampling)
+
+
+def _stream(generator: Generator, sampling: Sampling, prompt: str) -> None:
+    generator.check(generator.encode(prompt))
+    terminal.write(prompt)
+    try:
+        generator.generate([prompt], sampling, lambda _, piece: terminal.write(piece))
+    finally:
+        print(flush=True)
+
+
+def _batch(generator: Generator, sampling: Sampling, prompts: list[str]) -> list[Generation]:
+    with progress.bar("generating", len(prompts), "text") as shown:
+        return generator.generate(prompts, sampling, on_done=lambda *_: shown.update())
+
+
+def _show(results: list[Generation], n_prompts: int) -> None:
+    """The texts of every prompt in turn, each below a line that says which one it is."""
+    num = len(results) // n_prompts
+    for index, completion, one in _in_turn(results, n_prompts):
+        which = f"prompt {index + 1} of {n_prompts}"
+        which += f", completion {completion + 1} of {num}" if num > 1 else ""
+        print(f"=== {which} ({one.reason})")
+        terminal.write(one.prompt + one.text + "\n")
+
+
+def _origin(
+    checkpoint: Checkpoint, sampling: Sampling, dtype: str, device: torch.device
+) -> dict[str, Any]:
+    return provenance(
+        ckpt=str(checkpoint.folder), step=checkpoint.step, sampling=asdict(sampling), dtype=dtype,
+        device=str(device),
+    )  # fmt: skip
+
+
+def _write(out: Path, results: list[Generation], n_prompts: int, origin: dict[str, Any]) -> None:
+    """A line a text, those of a prompt together; the file whole or not at all."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            for index, completion, one in _in_turn(results, n_prompts):
+                line = {"index": index, "completion": completion, **asdict(one)}
+                file.write(jsonlib.dumps(line) + "\n")
+        write_json(_beside(out), origin)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise ConfigError(f"json={str(out)!r} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written: {out} ({len(results)} texts)")
+
+
+def _in_turn(results: list[Generation], n_prompts: int) -> Iterator[tuple[int, int, Generation]]:
+    """Index of the prompt, completion and result, those of a prompt together."""
+    for index in range(n_prompts):
+        for completion, one in enumerate(results[index::n_prompts]):
+            yield index, completion, one
+
+
+if __name__ == "__main__":
+    cli.run(main)
