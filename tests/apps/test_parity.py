@@ -4,6 +4,7 @@ The checkpoints are trained here; those of the quickstart and the real text of A
 and WikiText-2 are added where they are.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from apps.topk import export
 from apps.topk.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from apps.topk.evaluation.adapter import HarnessModel
+from apps.topk.generation import Generator
+from apps.topk.sampling import Sampling
 from apps.topk.tasks import make_tasks
 from lingua_topk.hf import register
 from lingua_topk.hf.modeling_topk_lm import TopKLMRMSNorm
@@ -41,6 +44,7 @@ class Evaluated:
     export: Path
     tasks: Path
     names: list[str]
+    text: Path
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,13 @@ def evaluated(request, stories, tmp_path_factory):
         text = ROOT / "data" / "quickstart" / "python-docs"
     else:
         checkpoint, text = train_on(stories, folder / "run", *KINDS[kind]), stories / "text"
+    assert (open_checkpoint(checkpoint).model_args.topk is None) == (kind == "vanilla")
     export.main(["--ckpt", str(checkpoint), "--out", str(folder / "hf")])
     made = make_tasks(out=str(folder / "tasks"), text=str(text), name="held", max_items=ITEMS)
     register()
-    return Evaluated(
-        open_checkpoint(checkpoint), folder / "hf", folder / "tasks", list(made["tasks"])
-    )
+    (held_out,) = text.glob("*.val.jsonl")
+    names = list(made["tasks"])
+    return Evaluated(open_checkpoint(checkpoint), folder / "hf", folder / "tasks", names, held_out)
 
 
 class Recording(HarnessModel):
@@ -126,6 +131,63 @@ def both(evaluated, dtype, task, folder=None, limit=None):
     )
     assert len(here[0]) == len(there[0]) > 0
     return mine, here, there
+
+
+def samples(evaluated, rows=200, length=64):
+    """Held-out text in pieces, int64 [rows, length]; a piece is a sample."""
+    lines = evaluated.text.read_text("utf-8").splitlines()
+    encode = evaluated.checkpoint.tokenizer().encode
+    ids = [i for line in lines for i in encode(json.loads(line)["text"], True, False)]
+    starts = torch.randint(len(ids) - length, (rows,), generator=torch.Generator().manual_seed(0))
+    return torch.stack([torch.tensor(ids[start : start + length]) for start in starts.tolist()])
+
+
+def models(evaluated, dtype):
+    return evaluated.checkpoint.model("cpu", dtype), theirs(evaluated, dtype).model
+
+
+def test_logits(evaluated):
+    x = samples(evaluated)
+    mine, other = models(evaluated, torch.float64)
+    with torch.no_grad():
+        difference = (mine(x) - other(x).logits).abs().max().item()
+    print(f"\nlogits: largest difference {difference} in float64")
+    assert difference < 1e-8
+    mine32, other32 = models(evaluated, torch.float32)
+    with torch.no_grad():
+        by_sample = (mine32(x) - other32(x).logits).abs().amax(dim=(1, 2))  # [rows]
+    exceptions = (by_sample >= 1e-4).nonzero().flatten().tolist()
+    print(f"{len(exceptions)} exceptions of {len(x)} in float32, largest {by_sample.max()}")
+    if evaluated.checkpoint.model_args.topk is None:
+        assert not exceptions
+    assert len(exceptions) <= len(x) / 100
+    for row in exceptions:
+        assert least_gap(mine, x[row].tolist()) < NEAR_TIE
+
+
+def test_greedy_generations(evaluated):
+    """With a cache and without, ours and theirs."""
+    mine, other = models(evaluated, torch.float64)
+    prompts = samples(evaluated, rows=6, length=9)
+    tokenizer = evaluated.checkpoint.tokenizer()
+    special = [tokenizer.bos_id, tokenizer.eos_id]
+    cached = Generator(mine, tokenizer).generate_tokens(
+        prompts.tolist(), Sampling(max_tokens=24, ignore_eos=True)
+    )
+    for prompt, generation in zip(prompts, cached, strict=True):
+        ids = prompt.tolist()
+        for token in generation.tokens:
+            with torch.no_grad():
+                logits = mine(torch.tensor([ids]))[0, -1]
+            logits[special] = -torch.inf
+            assert token == logits.argmax()
+            ids.append(token)
+        for use_cache in (True, False):
+            found = other.generate(
+                prompt[None], max_new_tokens=24, do_sample=False, use_cache=use_cache,
+                suppress_tokens=special,
+            )  # fmt: skip
+            assert found[0, len(prompt) :].tolist() == generation.tokens
 
 
 @pytest.mark.slow
