@@ -102,7 +102,7 @@ class Checkpoint:
             "tokenizer": {
                 "name": tokenizer.get("name"),
                 "path": tokenizer.get("path"),
-                "sha256": _digest(tokenizer.get("path")),
+                "sha256": file_digest(tokenizer.get("path")),
             },
         }
 
@@ -125,6 +125,12 @@ class Checkpoint:
                 f" ({one_line(str(error).splitlines()[0])})"
             ) from None
         tokenizer = build_tokenizer(args.name, args.path)
+        known = self.params.get("tokenizer_sha256")
+        if known is not None and file_digest(args.path) != known:
+            raise CheckpointError(
+                f"{self.folder}: its tokenizer's file {args.path} is another one than the model was"
+                " trained with (its SHA-256 differs): put that file back"
+            )
         if tokenizer.n_words > self.model_args.vocab_size:
             raise CheckpointError(
                 f"{self.folder}: its tokenizer ({args.name}, {args.path}) now has"
@@ -201,7 +207,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
-def _digest(path: str | None) -> str | None:
+def file_digest(path: str | None) -> str | None:
     """SHA-256 of a file, None where there is none."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None

@@ -41,6 +41,8 @@ def run(main: Callable[[], None]) -> None:
         status, text = getattr(error, "exit_status", None), str(error)
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             status, text = 2, f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        if isinstance(error, PermissionError):
+            status, text = 2, f"{error.filename or 'a file'}: {error.strerror}: give another path"
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             status, text = 2, f"{error.filename} is no path ({error.strerror}): give a shorter one"
         if status is None:

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: perplexity on held-out documents, measured L0, and lm-eval's tasks."""
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from apps.topk import cli, lingua_host
 from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.evaluation import results as files
+from apps.topk.evaluation.processes import in_the_first
 from apps.topk.evaluation.sources import ValidationArgs, ValidationPlan, plan_validation
 from apps.topk.evaluation.tasks import HarnessArgs, check_harness, forget_work, run_tasks
 from apps.topk.evaluation.validation import measures, negative_log_likelihoods, tokenised
@@ -39,7 +41,7 @@ Writes to DUMP_DIR
                    of every TopK layer; validation_documents.jsonl has a line a document
   results.json     what lm-eval says of the tasks in harness.tasks
 Stopped and started again it repeats one task at most."""
-NOTES = """\
+_NOTES = """\
 ckpt_dir is the folder of one checkpoint, such as DUMP_DIR/checkpoints/0000001000.
 validation.sources are files of text, folders with *.val.jsonl files, or data sets of the Hugging
 Face hub (hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]); those of the sources that the model was
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    args = cli.read_config(EvalArgs, PROGRAM, DESCRIPTION, NOTES)
+    args = cli.read_config(EvalArgs, PROGRAM, DESCRIPTION, f"{_NOTES}\n\n{harness_help()}")
     init_logger()
     # Meta Lingua's needs NCCL, which one process on a CPU does not.
     if get_world_size() > 1 or not lingua_host.is_lingua():
@@ -94,6 +96,15 @@ def _main() -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def harness_help(prefix: str = "") -> str:
+    """The keys of the section harness, which is null where nobody gives it, for --help."""
+    section = OmegaConf.to_yaml(OmegaConf.create({"harness": asdict(HarnessArgs())}))
+    return (
+        f"The section {prefix}harness, where given, and its defaults (what lm-eval's"
+        f" simple_evaluate takes,\nand include_path, batch_tokens, add_bos):\n\n{section}"
+    ).rstrip()
 
 
 def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
@@ -114,8 +125,7 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
         args, params["data"], checkpoint.model_args.max_seqlen, params["distributed"]["model_dtype"]
     )
     evaluation = _Evaluation(args, checkpoint, dtype)
-    _make_folders(args)
-    files.check_folder(evaluation.folder, checkpoint.folder)
+    in_the_first(evaluation.begin)
     evaluation.run_tasks()
     results = {} if plan is None else evaluation.validate(plan)
     evaluation.finish()
@@ -132,6 +142,8 @@ def check_eval(
     if args.harness is None and args.validation is None:
         raise ConfigError("harness and validation are both null: nothing is left to evaluate")
     generator = args.generator or {}
+    if not isinstance(generator, dict):
+        raise ConfigError(f"generator={generator} is no section: write for example generator.dtype")
     unknown = [name for name in generator if name not in GENERATOR_KEYS]
     if unknown:
         raise ConfigError(
@@ -156,7 +168,23 @@ class _Evaluation:
         self.dtype = dtype
         self.folder = Path(args.dump_dir)
         self.tokenizer = checkpoint.tokenizer()
+        has_bos = getattr(self.tokenizer, "bos_id", None) is not None
+        self.add_bos = has_bos and bool(checkpoint.params["data"].get("add_bos", True))
         self._model: torch.nn.Module | None = None
+
+    def begin(self) -> None:
+        """What is written in the end can be written: better known before the work than after."""
+        for name in ("metric_log_dir", "dump_dir"):
+            folder = getattr(self.args, name)
+            try:
+                if folder:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                    tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise ConfigError(
+                    f"{name}={folder} cannot be written ({error.strerror}): give another folder"
+                ) from None
+        files.begin(self.folder, self.checkpoint.folder)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -167,8 +195,9 @@ class _Evaluation:
     def origin(self) -> dict[str, Any]:
         """What the results come from."""
         return provenance(
-            checkpoint=str(self.checkpoint.folder), step=self.checkpoint.step, dtype=self.dtype,
-            processes=get_world_size(), args=asdict(self.args), model=self.checkpoint.describe(),
+            checkpoint=str(self.checkpoint.folder.resolve()), step=self.checkpoint.step,
+            dtype=self.dtype, processes=get_world_size(), args=asdict(self.args),
+            model=self.checkpoint.describe(),
         )  # fmt: skip
 
     def run_tasks(self) -> None:
@@ -183,8 +212,7 @@ class _Evaluation:
         results = run_tasks(self._harness_model, harness, self.folder, settings)
         if results is None:  # process 0 has them
             return
-        files.write_tasks(self.folder, results, self.origin())
-        forget_work(self.folder)
+        files.write_tasks(self.folder, results, {**self.origin(), "bos": self._tasks_add_bos})
         self._record(files.TASK_RECORDS, results["results"])
         logger.info("%s (in %s)", tasks_summary(results), self.folder)
 
@@ -192,23 +220,30 @@ class _Evaluation:
         from apps.topk.evaluation.adapter import HarnessModel
 
         harness = self.args.harness
-        add_bos = self.checkpoint.params["data"].get("add_bos", True)
         return HarnessModel(
             self.model, self.tokenizer, self.checkpoint.model_args.max_seqlen,
-            harness.batch_tokens, add_bos if harness.add_bos is None else harness.add_bos,
-            name=str(self.checkpoint.folder), seed=harness.torch_random_seed,
+            harness.batch_tokens, self._tasks_add_bos, name=str(self.checkpoint.folder),
+            seed=harness.torch_random_seed,
         )  # fmt: skip
+
+    @property
+    def _tasks_add_bos(self) -> bool:
+        asked = self.args.harness.add_bos
+        return self.add_bos if asked is None else asked
 
     def validate(self, plan: ValidationPlan) -> dict[str, dict[str, Any]]:
         """The measures of every source; every process has them."""
         results, lines = {}, []
         for name in plan.sources:
-            documents = tokenised(plan.texts(name), self.tokenizer)
+            documents = tokenised(plan.texts(name), self.tokenizer, self.add_bos)
             nll, l0 = negative_log_likelihoods(
                 self.model, documents, plan.window, plan.context, plan.batch_tokens,
                 f"evaluating {name}",
             )  # fmt: skip
-            result = {**measures(documents, nll), "window": plan.window, "context": plan.context}
+            result = {
+                **measures(documents, nll), "window": plan.window, "context": plan.context,
+                "bos": self.add_bos,
+            }  # fmt: skip
             results[name] = {**result, "l0": {str(layer): mean for layer, mean in l0.items()}}
             lines += files.document_lines(name, documents, nll)
         if get_global_rank() == 0:
@@ -228,21 +263,9 @@ class _Evaluation:
             config = OmegaConf.to_yaml(OmegaConf.structured(self.args))
             write_text(self.folder / "config.yaml", config)
             files.write_done(self.folder, self.origin())
+            forget_work(self.folder)
         if dist.is_initialized():
             dist.barrier()
-
-
-def _make_folders(args: EvalArgs) -> None:
-    """What is written in the end can be written: better known before the work than after."""
-    for field_name in ("metric_log_dir", "dump_dir"):
-        folder = getattr(args, field_name)
-        try:
-            if folder and get_global_rank() == 0:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{field_name}={folder} cannot be written ({error.strerror}): give another folder"
-            ) from None
 
 
 def _device() -> torch.device:

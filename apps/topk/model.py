@@ -24,6 +24,8 @@ class TopKTrainArgs(TrainArgs):
     # Steps that are saved besides those of `checkpoint`, and never deleted: a trace of how
     # neurons come about needs the early ones.
     save_at: list[int] = field(default_factory=list)
+    # Of the tokenizer's file; training fills it in, so that another file is noticed later.
+    tokenizer_sha256: Optional[str] = None  # noqa: UP045
 
 
 class TopKTransformer(LMTransformer):

@@ -84,6 +84,12 @@ def check_unchanged(args: TopKTrainArgs) -> list[str]:
     refused = [one for one in changes if not _may_change(one[0]) and one[0] not in allowed]
     if refused:
         key, old, new = refused[0]
+        if key == "tokenizer_sha256":
+            raise ConfigError(
+                f"data.tokenizer.path={args.data.tokenizer.path} is another file than the run in"
+                f" dump_dir={args.dump_dir} began with (its SHA-256 is {new}, in {folder} it is"
+                f" {old}): put that file back to resume it, or give another dump_dir"
+            )
         more = f" ({len(refused)} such differences)" if len(refused) > 1 else ""
         raise ConfigError(
             f"{key}={new}, but the run in dump_dir={args.dump_dir} has {old} (in {folder}){more}:"

@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from apps.topk import cli, lingua_host, resume
-from apps.topk.eval import EvalArgs, check_eval
+from apps.topk.checkpoint import file_digest
+from apps.topk.eval import EvalArgs, check_eval, harness_help
 from apps.topk.evaluation.results import DONE_NAME
 from apps.topk.evaluation.sources import ValidationArgs
 from apps.topk.model import TopKTrainArgs
@@ -50,6 +51,7 @@ def train(args: TopKTrainArgs) -> None:
         if get_is_master():
             print(f"this run has done its {args.steps} steps already; nothing to do")
         return
+    args.tokenizer_sha256 = file_digest(args.data.tokenizer.path)
     changes = resume.check_unchanged(args)
     with install(args, lambda: _started(args, changes), partial(_resumed, args)) as train_module:
         try:
@@ -137,7 +139,8 @@ def _notes() -> str:
     return (
         f"The section model.topk, where given, and its defaults:\n\n{topk}\n"
         "The section eval, where given: every checkpoint.eval.every steps and at the end, on the\n"
-        f"*.val.jsonl files of the sources and on others that are named:\n\n{validation}"
+        f"*.val.jsonl files of the sources and on others that are named:\n\n{validation}\n"
+        f"{harness_help('eval.')}"
     ).rstrip()
 
 

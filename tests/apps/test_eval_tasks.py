@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from omegaconf import OmegaConf
 
 from apps.topk import cli
-from apps.topk.checkpoint import open_checkpoint
+from apps.topk.checkpoint import Checkpoint, open_checkpoint
+from apps.topk.corpus.tokenizer import train_tokenizer
 from apps.topk.eval import EvalArgs, launch_eval
+from apps.topk.evaluation import scoring
 from apps.topk.evaluation import tasks as tasks_module
 from apps.topk.evaluation.adapter import HarnessModel
 from apps.topk.tasks import make_tasks
-from lingua_topk.errors import ConfigError, DataError
+from lingua_topk.errors import CheckpointError, ConfigError, DataError
 from tests.apps.real_text import PLACES, train_on, write_stories
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +144,26 @@ def test_a_killed_evaluation_repeats_one_task_at_most(
     assert here["results"] == there["results"] and here["samples"] == there["samples"]
 
 
-@pytest.mark.parametrize("change", ["limit", "dtype", "file"])
+def test_a_kill_after_the_tasks_repeats_none(checkpoint, task_folder, tmp_path, monkeypatch):
+    out, done, original = tmp_path / "out", [], tasks_module._evaluate
+
+    def noted(lm_eval, model, spec, *rest):
+        done.append(spec)
+        return original(lm_eval, model, spec, *rest)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks_module, "_evaluate", noted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("apps.topk.eval.negative_log_likelihoods", killed)
+        evaluate(checkpoint, out, harness=harness(task_folder, TASKS[:2]))
+    evaluate(checkpoint, out, harness=harness(task_folder, TASKS[:2]))
+    assert done == TASKS[:2]
+    assert not (out / "tasks").exists() and (out / "provenance.json").exists()
+
+
+@pytest.mark.parametrize("change", ["limit", "dtype", "file", "task"])
 def test_what_was_done_with_other_settings_is_done_again(
     checkpoint, task_folder, tmp_path, monkeypatch, change
 ):
@@ -162,6 +184,8 @@ def test_what_was_done_with_other_settings_is_done_again(
         settings["harness"]["limit"] = 6
     elif change == "dtype":
         settings["dtype"] = "fp64"
+    elif change == "task":  # its documents are others now
+        os.utime(task_folder / f"{first[0]}.jsonl", (1, 1))
     else:  # half written, by something else
         (out / "tasks" / f"{first[0]}.json").write_text("{")
     evaluate(checkpoint, out, validation=None, **settings)
@@ -200,6 +224,82 @@ def test_a_group_of_tasks_is_one(checkpoint, task_folder, tmp_path):
     assert not (out / "validation.json").exists()
 
 
+def write_task(folder, name, documents, output_type, **fields):
+    """A task of one's own in `folder`."""
+    folder.mkdir(exist_ok=True)
+    lines = (json.dumps(one) + "\n" for one in documents)
+    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    config = {
+        "task": name, "dataset_path": "json", "test_split": "test", "output_type": output_type,
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "doc_to_text": "{{text}}", "doc_to_target": "{{end}}",
+        "metric_list": [{"metric": "acc"}], **fields,
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+
+
+def test_a_tag_with_other_settings_and_a_group_with_some(checkpoint, tmp_path):
+    folder = tmp_path / "tasks"
+    for name in ("one", "two"):
+        documents = [{"text": f"{name} {i}", "end": " end"} for i in range(3)]
+        write_task(folder, name, documents, "loglikelihood", tag="both_by_tag")
+    (folder / "both.yaml").write_text("group: both\ntask: [one, two]\n")
+    tag = {"task": "both_by_tag", "num_fewshot": 1}
+    evaluate(checkpoint, tmp_path / "out", harness=harness(folder, [tag]), validation=None)
+    results = read(tmp_path / "out" / "results.json")
+    assert results["n-shot"] == {"one": 1, "two": 1}
+    assert {name: n["effective"] for name, n in results["n-samples"].items()} == {
+        "one": 3,
+        "two": 3,
+    }
+    for group in ({"task": "both", "num_fewshot": 1}, {"group": "mine", "task": ["one", "two"]}):
+        with pytest.raises(ConfigError, match="takes no settings for a group"):
+            evaluate(checkpoint, tmp_path / "x", harness=harness(folder, [group]))
+
+
+TEXT = [{"text": "a", "number": 3, "end": "b"}]
+
+
+def test_documents_at_the_edge(checkpoint, tmp_path, caplog):
+    """An empty continuation is certain; a token across the border is scored; no bos, no context."""
+    documents = [
+        {"text": "Anna foun", "end": "d"}, {"text": "Anna", "end": ""}, {"text": " ", "end": "of"},
+    ]  # fmt: skip
+    fields = {"doc_to_target": "{{end}}", "target_delimiter": ""}
+    write_task(tmp_path / "tasks", "edge", documents, "loglikelihood", **fields)
+    for add_bos in (True, False):
+        out = tmp_path / str(add_bos)
+        asked = harness(tmp_path / "tasks", ["edge"], add_bos=add_bos)
+        evaluate(checkpoint, out, harness=asked, validation=None)
+        answers = [s["resps"][0][0] for s in read(out / "results.json")["samples"]["edge"]]
+        assert answers[1] == [0.0, True]
+        assert answers[0][0] < 0 and answers[2][0] < 0
+        assert read(out / "results.json")["provenance"]["bos"] is add_bos
+
+
+@pytest.mark.parametrize(
+    ("documents", "output_type", "fields", "message"),
+    [
+        (TEXT, "loglikelihood", {"doc_to_text": "number"}, "cannot be evaluated .*not a string"),
+        (TEXT, "loglikelihood", {"unsafe_code": True}, "cannot be evaluated .*unsafe"),
+        (
+            TEXT, "generate_until", {"generation_kwargs": {"until": ["."], "top_p": 2.0}},
+            "generation_kwargs: top_p=2.0",
+        ),
+        (TEXT, "loglikelihood", {"doc_to_text": "{{text|nofilter}}"}, "task cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_a_task_that_is_wrong_is_named(
+    checkpoint, tmp_path, documents, output_type, fields, message
+):
+    write_task(tmp_path / "tasks", "task", documents, output_type, **fields)
+    with pytest.raises(DataError, match=message):
+        evaluate(
+            checkpoint, tmp_path / "out", harness=harness(tmp_path / "tasks", ["task"]),
+            validation=None,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -209,7 +309,10 @@ def test_a_group_of_tasks_is_one(checkpoint, task_folder, tmp_path):
         ({"include_path": "nowhere"}, "harness.include_path=nowhere is not a folder"),
         ({"batch_tokens": 0}, "harness.batch_tokens=0 is too small"),
         ({"limit": 0}, "harness.limit=0"),
+        ({"limit": float("nan")}, "harness.limit=nan"),
         ({"apply_chat_template": True}, "have no chat template"),
+        ({"use_cache": "answers"}, "would answer for another checkpoint"),
+        ({"cache_requests": True}, "would answer for another checkpoint"),
     ],
 )
 def test_mistakes_are_named(checkpoint, task_folder, tmp_path, fields, message):
@@ -223,6 +326,7 @@ def test_mistakes_are_named(checkpoint, task_folder, tmp_path, fields, message):
     [
         ({"generator": {"dtyp": "fp32"}}, "generator.dtyp is no known key: did you mean dtype?"),
         ({"generator": {"dtype": "fp8"}}, "dtype='fp8' is not known"),
+        ({"generator": "fp32"}, "generator=fp32 is no section"),
         ({"validation": None}, "nothing is left to evaluate"),
         ({"validation": {"max_steps": 0}}, "validation.max_steps=0 is too small"),
     ],
@@ -254,13 +358,76 @@ def test_the_evaluation_of_another_checkpoint_is_not_overwritten(checkpoint, tmp
     assert read(tmp_path / "out" / "validation.json")["text"]["documents"] == 2
 
 
+def test_an_evaluation_is_not_done_until_it_is(checkpoint, tmp_path, monkeypatch):
+    evaluate(checkpoint, tmp_path / "out")
+    monkeypatch.chdir(checkpoint.parent)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("apps.topk.eval.measures", {}.__getitem__)
+        patch.setattr("apps.topk.eval.negative_log_likelihoods", {}.__getitem__)
+        patch.setattr("apps.topk.eval.tokenised", lambda *_: {}["stopped"])
+        evaluate(checkpoint.name, tmp_path / "out")  # the same one, by another path
+    assert not (tmp_path / "out" / "provenance.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("dump_dir", "metric_log_dir"):
+        fields = {"dump_dir": tmp_path / "out", name: str(tmp_path / "file")}
+        with pytest.raises(ConfigError, match=f"{name}=.*file cannot be written"):
+            evaluate(checkpoint, **fields)
+
+
+def test_another_tokenizer_is_noticed(stories, tmp_path):
+    root = tmp_path / "corpus"
+    shutil.copytree(stories, root)
+    checkpoint = train_on(root, tmp_path / "run", "steps=2")
+    texts = ["Something else is written here, and nobody saw it before. " * 3] * 40
+    (root / "tokenizer.model").write_bytes(train_tokenizer(texts, 300))
+    with pytest.raises(CheckpointError, match=r"is another one than the model was trained with"):
+        evaluate(checkpoint, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"is another file than the run in .* began with"):
+        train_on(root, tmp_path / "run", "steps=4")
+
+
+def test_a_model_that_has_diverged_is_said_to_have(checkpoint, tmp_path, monkeypatch):
+    original = Checkpoint.model
+
+    def diverged(self, *arguments):
+        model = original(self, *arguments)
+        model.output.weight.mul_(1e4)
+        return model
+
+    monkeypatch.setattr(Checkpoint, "model", diverged)
+    with pytest.raises(CheckpointError, match="nats a token: it has diverged"):
+        evaluate(checkpoint, tmp_path / "out")
+
+
+def test_bos_as_in_training_is_the_same_everywhere(stories, task_folder, tmp_path, monkeypatch):
+    checkpoint = train_on(stories, tmp_path / "run", "data.add_bos=false", "steps=2")
+    tokenizer = open_checkpoint(checkpoint).tokenizer()
+    asked = []
+    original = scoring.rows_of
+
+    def noted(requests, *rest):
+        asked.extend(requests)
+        return original(requests, *rest)
+
+    monkeypatch.setattr(scoring, "rows_of", noted)
+    evaluate(checkpoint, tmp_path / "out", harness=harness(task_folder))
+    assert not any(tokenizer.bos_id in one.context for one in asked)
+    assert read(tmp_path / "out" / "validation.json")["text"]["bos"] is False
+    # What has no context follows eos, as in training.
+    assert {one.context for one in asked if len(one.context) == 1} >= {(tokenizer.eos_id,)}
+
+
 def test_a_source_of_the_hub_is_read_like_a_file(checkpoint, stories, tmp_path):
     folder = tmp_path / "dataset"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes((stories / "text" / "text.val.jsonl").read_bytes())
     name = f"hf:{folder}"
-    results = evaluate(checkpoint, tmp_path / "out", validation={"sources": [name]})
-    assert results[name] == results["text"]
+    sources = [name, str(folder)]
+    results = evaluate(checkpoint, tmp_path / "out", validation={"sources": sources})
+    assert results[name] == results["text"] == results["dataset"]
 
 
 def test_bos_is_given_as_in_training(checkpoint):

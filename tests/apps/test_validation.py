@@ -15,7 +15,7 @@ from apps.topk.evaluation.validation import (
     tokenised,
     windows_of,
 )
-from lingua.tokenizer import ByteTokenizer, MockTokenizer
+from lingua.tokenizer import ByteTokenizer
 from lingua_topk import TopKArgs, apply_topk
 from lingua_topk.errors import DataError
 from tests.apps.bigram import bigram_transformer, random_table
@@ -103,7 +103,7 @@ def test_batches_change_nothing(topk, batch_tokens):
     """Against every document alone, every window's tokens scored by hand."""
     model = tiny_transformer(topk)
     texts = ["short", "a text that is longer than one window of the model", "héé" * 9]
-    text = tokenised(texts, ByteTokenizer())
+    text = tokenised(texts, ByteTokenizer(), True)
     nll, l0 = negative_log_likelihoods(model, text, 16, 8, batch_tokens)
     for got, tokens in zip(nll.tolist(), text.tokens, strict=True):
         expected = 0.0
@@ -121,10 +121,12 @@ def test_batches_change_nothing(topk, batch_tokens):
 def test_padding_is_not_counted_as_survivors(k):
     model = tiny_transformer(TopKArgs(k=k, n_last_nontopk=2))
     texts = ["a", "some more text to read"]
-    together = negative_log_likelihoods(model, tokenised(texts, ByteTokenizer()), 16, 8, 4096)[1]
+    together = negative_log_likelihoods(
+        model, tokenised(texts, ByteTokenizer(), True), 16, 8, 4096
+    )[1]
     total = 0.0
     for text in texts:
-        one = tokenised([text], ByteTokenizer())
+        one = tokenised([text], ByteTokenizer(), True)
         total += negative_log_likelihoods(model, one, 16, 8, 1)[1][0] * n_scored(one)
     assert together[0] == pytest.approx(total / (1 + 22))
     assert 1 < together[0] <= 4 if k == 4 else together[0] > 4
@@ -132,17 +134,17 @@ def test_padding_is_not_counted_as_survivors(k):
 
 def test_hooks_are_gone_afterwards():
     model = tiny_transformer(TopKArgs(k=4, n_last_nontopk=1))
-    negative_log_likelihoods(model, tokenised(["text"], ByteTokenizer()), 16, 8, 64)
+    negative_log_likelihoods(model, tokenised(["text"], ByteTokenizer(), True), 16, 8, 64)
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_bos_is_given_where_the_tokenizer_has_one():
-    assert tokenised(["ab"], ByteTokenizer()).tokens == [[256, 97, 98]]
-    assert tokenised(["ab"], MockTokenizer()).tokens == [[97, 98]]
-    assert tokenised(["hé"], ByteTokenizer()).n_bytes == 3
+def test_bos_is_given_where_training_did():
+    assert tokenised(["ab"], ByteTokenizer(), True).tokens == [[256, 97, 98]]
+    assert tokenised(["ab"], ByteTokenizer(), False).tokens == [[97, 98]]
+    assert tokenised(["hé"], ByteTokenizer(), True).n_bytes == 3
 
 
 @pytest.mark.parametrize("texts", [[], [""]])
 def test_nothing_to_predict_is_an_error(texts):
     with pytest.raises(DataError, match="no token to predict"):
-        tokenised(texts, ByteTokenizer())
+        tokenised(texts, ByteTokenizer(), True)

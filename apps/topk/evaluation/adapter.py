@@ -7,17 +7,19 @@ lm-eval itself runs alike in each, as if it were alone.
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 from tqdm import tqdm
 
-from apps.topk.evaluation.scoring import Request, rank_and_size, score
+from apps.topk.cli import one_line
+from apps.topk.evaluation.processes import in_all, rank_and_size
+from apps.topk.evaluation.scoring import Request, score
 from apps.topk.generation import Generator
 from apps.topk.sampling import Sampling
 from lingua_topk.errors import ConfigError, DataError
@@ -33,7 +35,8 @@ class HarnessModel(TemplateLM):
     """A model and its tokenizer for `lm_eval.simple_evaluate`.
 
     Text is encoded with bos in front where training did so (`add_bos`), which a rolling
-    likelihood is given and not asked to predict.
+    likelihood is given and not asked to predict; what has no context follows bos then, else
+    eos.
     """
 
     def __init__(
@@ -53,7 +56,8 @@ class HarnessModel(TemplateLM):
         self.batch_tokens = batch_tokens
         self.name = name
         self.seed = seed
-        self.label = "texts"  # of the progress bar
+        self.label = "texts"  # of the progress bar, and in messages
+        self._warned: set[tuple[str, str]] = set()
         self._tokenizer = tokenizer
         bos, eos = (getattr(tokenizer, which, None) for which in ("bos_id", "eos_id"))
         if bos is None and eos is None:
@@ -71,7 +75,7 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without a context."""
-        return self._eos if self._bos is None else self._bos
+        return self._bos if self._add_bos or self._eos is None else self._eos
 
     @property
     def tokenizer_name(self) -> str:
@@ -94,40 +98,56 @@ class HarnessModel(TemplateLM):
         return self._tokenizer.encode(string, add_bos=add_bos, add_eos=False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False):
-        """Nats and whether greedy decoding gives the continuation, of each request."""
-        for context, continuation in (one.args for one in requests):
-            if not context and not self.tok_encode(continuation, add_special_tokens=False):
-                raise DataError("a task asks how likely an empty text is: correct its documents")
-        return super().loglikelihood(requests, disable_tqdm=True)
+        """Nats and whether greedy decoding gives the continuation, of each request.
+
+        An empty continuation is certain.
+        """
+        self._check_texts(text for one in requests for text in one.args)
+        asked = [index for index, one in enumerate(requests) if one.args[1]]
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        found = super().loglikelihood([requests[index] for index in asked], disable_tqdm=True)
+        for index, answer in zip(asked, found, strict=True):
+            answers[index] = answer
+        return answers
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
-        """requests: (text pair or None, context ids, continuation ids). See `loglikelihood`."""
-        asked = [Request(tuple(context), tuple(end)) for _, context, end in requests]
+        """requests: (text pair, context ids, continuation ids). See `loglikelihood`."""
+        asked = [self._request(context, end) for _, context, end in requests]
+        n_merged = sum(not end for _, _, end in requests)
+        if n_merged:
+            logger.warning(
+                "%s: in %d of %d texts one token spans the end of the context and the whole"
+                " continuation; it is scored", self.label, n_merged, len(asked),
+            )  # fmt: skip
         n_long = sum(len(one) > self.max_length + 1 for one in asked)
         if n_long:
             logger.warning(
                 "%s: %d of %d texts are longer than the %d tokens that the model sees, and are"
                 " read without their beginning", self.label, n_long, len(asked), self.max_length,
             )  # fmt: skip
-        for (texts, _, _), request in zip(requests, asked, strict=True):
-            if not request.continuation:
-                raise DataError(
-                    f"a task's continuation {texts[1][:80]!r} has no token of its own after its"
-                    " context: correct the task's documents"
-                )
         scores = score(self.model, asked, self.max_length, self.batch_tokens, self.label)
-        answers = list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
+        return list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
+
+    def _request(self, context: list[int], end: list[int]) -> Request:
+        if not end:
+            context, end = context[:-1], context[-1:]
+        return Request(tuple(context) or (self.prefix_token_id,), tuple(end))
+
+    def _check_texts(self, texts: Iterable[Any]) -> None:
+        for text in texts:
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{self.label}: {one_line(repr(text))[:80]} is not text: correct the task's"
+                    " documents or its templates"
+                )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False):
         """Nats of whole texts, in lm-eval's disjoint windows, each text's first token included.
 
-        bos is given as what the first token follows. A model that was trained without it sees
-        eos there.
+        The first token follows `prefix_token_id`.
         """
         texts = [one.args[0] for one in requests]
+        self._check_texts(texts)
         asked, owners = [], []
         for index, text in enumerate(texts):
             windows = get_rolling_token_windows(
@@ -142,8 +162,6 @@ class HarnessModel(TemplateLM):
         scores = score(self.model, asked, self.max_length, self.batch_tokens, self.label)
         totals = torch.zeros(len(texts), dtype=torch.float64)
         totals.index_add_(0, torch.tensor(owners, dtype=torch.int64), scores.log_likelihoods)
-        for text, total in zip(texts, totals.tolist(), strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -151,17 +169,17 @@ class HarnessModel(TemplateLM):
 
         A text that leaves no room for what is to be generated loses tokens on the left.
         """
+        self._check_texts(one.args[0] for one in requests)
         groups: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(self._sampling(request.args[1]), []).append(index)
         texts = [""] * len(requests)
         for sampling, members in groups.items():
             room = self.max_length - sampling.max_tokens
-            prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in members}
+            encoded = {i: self.tok_encode(requests[i].args[0]) for i in members}
+            prompts = {i: ids[-room:] or [self.prefix_token_id] for i, ids in encoded.items()}
             for i, text in self._generate(prompts, sampling).items():
                 texts[i] = text
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
     def _generate(self, prompts: dict[int, list[int]], sampling: Sampling) -> dict[int, str]:
@@ -169,38 +187,49 @@ class HarnessModel(TemplateLM):
         rank, size = rank_and_size()
         share = list(prompts)[rank::size]
         generator = Generator(self.model, self._tokenizer, self.batch_tokens)
-        with tqdm(
+        bar = tqdm(
             total=len(share), desc=self.label, leave=False, disable=None if rank == 0 else True
-        ) as bar:
+        )
+
+        def work() -> dict[int, str]:
             found = generator.generate_tokens(
                 [prompts[i] for i in share], sampling, on_done=lambda *_: bar.update(), draws=share
             )
-        texts = dict(zip(share, (one.text for one in found), strict=True))
-        if size == 1:
-            return texts
-        parts: list[dict[int, str]] = [{}] * size
-        dist.all_gather_object(parts, texts)
+            return dict(zip(share, (one.text for one in found), strict=True))
+
+        with bar:
+            parts = in_all(work)
         return {i: text for part in parts for i, text in part.items()}
 
     def _sampling(self, arguments: dict[str, Any]) -> Sampling:
         """What a task's generation_kwargs ask for."""
         unknown = sorted(set(arguments) - UNDERSTOOD - set(LENGTHS))
         if unknown:
-            logger.warning("generation_kwargs %s are not understood, and left out", unknown)
-        asked = next((arguments[name] for name in LENGTHS if name in arguments), MAX_GENERATED)
-        n_tokens = min(int(asked), max(self.max_length // 2, 1))
-        if n_tokens < int(asked):
-            logger.warning(
-                "at most %d tokens are generated, half of what the model sees, in place of %d",
-                n_tokens, int(asked),
-            )  # fmt: skip
+            self._warn(f"generation_kwargs {unknown} are not understood, and left out")
+        lengths = (arguments.get(name) for name in LENGTHS)
+        asked = int(next((one for one in lengths if one is not None), MAX_GENERATED))
+        n_tokens = min(asked, max(self.max_length // 2, 1))
+        if n_tokens < asked:
+            self._warn(
+                f"at most {n_tokens} tokens are generated, half of what the model sees, in place"
+                f" of {asked}"
+            )
         temperature = float(arguments.get("temperature", arguments.get("do_sample", False)))
         stop = arguments.get("until") or []
-        return Sampling(
-            max_tokens=n_tokens,
-            temperature=temperature if arguments.get("do_sample", True) else 0.0,
-            top_p=float(arguments.get("top_p", 1.0)),
-            top_k=int(arguments.get("top_k", 0)),
-            seed=self.seed,
-            stop=tuple([stop] if isinstance(stop, str) else stop),
-        )
+        try:
+            return Sampling(
+                max_tokens=n_tokens,
+                temperature=temperature if arguments.get("do_sample", True) else 0.0,
+                top_p=float(arguments.get("top_p", 1.0)),
+                top_k=max(int(arguments.get("top_k", 0)), 0),  # -1: all, in other libraries
+                seed=self.seed,
+                stop=tuple(one for one in ([stop] if isinstance(stop, str) else stop) if one),
+            )
+        except ConfigError as error:
+            raise DataError(f"{self.label}: its generation_kwargs: {error}") from None
+
+    def _warn(self, text: str) -> None:
+        """Once a task, where every request says the same."""
+        if (self.label, text) not in self._warned:
+            self._warned.add((self.label, text))
+            logger.warning("%s: %s", self.label, text)

@@ -22,17 +22,25 @@ TASK_RECORDS = "metrics.eval.jsonl"
 VALIDATION_RECORDS = "metrics.validation.jsonl"
 
 
-def check_folder(folder: Path, checkpoint: Path) -> None:
-    """ConfigError where `folder` holds the evaluation of another checkpoint."""
+def begin(folder: Path, checkpoint: Path) -> None:
+    """Take back that all is there. ConfigError where another checkpoint's evaluation is."""
+    for name in (DONE_NAME, VALIDATION_NAME, TASKS_NAME):
+        there = _checkpoint_of(folder / name)
+        if there is not None and Path(there).resolve() != checkpoint.resolve():
+            raise ConfigError(
+                f"dump_dir={folder} holds the evaluation of {there}: give another folder for that"
+                f" of {checkpoint.resolve()}"
+            )
+    (folder / DONE_NAME).unlink(missing_ok=True)
+
+
+def _checkpoint_of(path: Path) -> str | None:
     try:
-        there = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return
-    if Path(there).resolve() != checkpoint.resolve():
-        raise ConfigError(
-            f"dump_dir={folder} holds the evaluation of {there}: give another folder for that of"
-            f" {checkpoint}"
-        )
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.get(PROVENANCE, content)["checkpoint"]
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def write_validation(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from apps.topk.evaluation.processes import rank_and_size
 from apps.topk.inference import CAUSAL, hidden_states, visible, window_of
 from lingua_topk.errors import CheckpointError
 
@@ -41,36 +42,47 @@ class Request:
 
 @dataclass
 class Row:
-    """Tokens that are read together, and what is predicted from them.
+    """Tokens that are read together: a context, and continuations of it, each of a request.
 
-    Segment 0 is the context, which all see; the others see it and themselves. A prediction is
-    the place in the row that it is made from, the token, and the request it belongs to.
+    The last token of a continuation is predicted and not read. What a row is made of is
+    written out when it is read, since there can be millions of tokens.
     """
 
-    tokens: list[int]
-    positions: list[int]
-    segments: list[int]
-    predictions: list[tuple[int, int, int]] = field(default_factory=list)
+    context: tuple[int, ...]
+    ends: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request, tokens
 
     def __len__(self) -> int:
-        return len(self.tokens)
-
-    def add(self, request: int, continuation: Sequence[int], n_context: int) -> None:
-        """A continuation behind the first `n_context` tokens of the row, its context."""
-        place = n_context - 1
-        segment = self.segments[-1] + 1
-        for offset, token in enumerate(continuation):
-            self.predictions.append((place, token, request))
-            if offset + 1 < len(continuation):  # the last token predicts nothing
-                place = len(self.tokens)
-                self.tokens.append(token)
-                self.positions.append(n_context + offset)
-                self.segments.append(segment)
+        return len(self.context) + sum(len(end) - 1 for _, end in self.ends)
 
     @property
     def is_causal(self) -> bool:
-        """Whether every token sees all before it: at most one continuation has tokens."""
-        return self.positions == list(range(len(self)))
+        """Whether every token sees all before it: at most one continuation is read."""
+        return sum(len(end) > 1 for _, end in self.ends) <= 1
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.context, *(token for _, end in self.ends for token in end[:-1])]
+
+    @property
+    def positions(self) -> list[int]:
+        n = len(self.context)
+        return [*range(n), *(i for _, end in self.ends for i in range(n, n + len(end) - 1))]
+
+    @property
+    def segments(self) -> list[int]:
+        """Segment 0 is the context, which all see; the others see it and themselves."""
+        numbered = enumerate(self.ends, start=1)
+        return [0] * len(self.context) + [i for i, (_, end) in numbered for _ in end[:-1]]
+
+    @property
+    def predictions(self) -> list[tuple[int, int, int]]:
+        """The place in the row that it is made from, the token, and the request, of each."""
+        found, place = [], len(self.context)
+        for request, end in self.ends:
+            places = [len(self.context) - 1, *range(place, place + len(end) - 1)]
+            found += [(where, token, request) for where, token in zip(places, end, strict=True)]
+            place += len(end) - 1
+        return found
 
 
 @dataclass
@@ -93,11 +105,11 @@ def rows_of(requests: Sequence[Request], window: int, share_contexts: bool = Tru
         for context, piece in _pieces(request, window):
             row = open_rows.get(context)
             if row is None or len(row) + len(piece) - 1 > window:
-                row = Row(list(context), list(range(len(context))), [0] * len(context))
+                row = Row(context)
                 rows.append(row)
                 if share_contexts and len(context) >= LEAST_SHARED_CONTEXT:
                     open_rows[context] = row
-            row.add(index, piece, len(context))
+            row.ends.append((index, piece))
     return rows
 
 
@@ -237,10 +249,3 @@ def _check_finite(totals: Tensor) -> None:
             " outputs overflow, or hold NaN; evaluate it with dtype=fp32, or use an earlier"
             " checkpoint"
         )
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Of the processes that share the work."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

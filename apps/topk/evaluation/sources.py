@@ -17,6 +17,7 @@ from lingua_topk.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 VALIDATION_PATTERN = "*.val.jsonl"
+TRAINING_PATTERN = "*.chunk.*.jsonl"
 TEXT_KEYS = ["text", "content"]
 
 
@@ -31,7 +32,8 @@ class ValidationArgs:
     # Also the *.val.jsonl files of the sources that the model was trained on.
     use_val_from_train_src: bool = True
     root_dir: str = ""
-    # Folders with *.val.jsonl files, files of text, hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]].
+    # Folders with *.val.jsonl files, other files and folders of text, and
+    # hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]].
     sources: list[str] = field(default_factory=list)
     # Tokens that the model sees at once; null: as in training.
     window: Optional[int] = None  # noqa: UP045
@@ -128,6 +130,9 @@ def _parts(name: str) -> list[Source]:
         return [hub.HubDataset(name, TEXT_KEYS)]
     path = Path(name)
     files = [path] if path.is_file() else sorted(path.glob(VALIDATION_PATTERN))
+    # A folder of something else than training data is read whole.
+    if not files and path.is_dir() and not any(path.glob(TRAINING_PATTERN)):
+        files = [path]
     if not files:
         raise DataError(
             f"validation: {path} is neither a file nor a folder with {VALIDATION_PATTERN} files:"

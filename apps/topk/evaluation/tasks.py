@@ -9,18 +9,18 @@ import json
 import logging
 import math
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
-import torch.distributed as dist
-
 from apps.main.eval import LMHarnessArgs
 from apps.topk import cli
-from apps.topk.provenance import write_json
-from lingua.distributed import get_global_rank, get_world_size
-from lingua_topk.errors import ConfigError, DataError
+from apps.topk.evaluation.processes import broadcast
+from apps.topk.provenance import ROOT, write_json
+from lingua.distributed import get_global_rank
+from lingua_topk.errors import ConfigError, DataError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class HarnessArgs(LMHarnessArgs):
     batch_tokens: int = 4096
     # bos before a text; null: as in training.
     add_bos: Optional[bool] = None  # noqa: UP045
+    # lm-eval's consent to tasks that run the code that a model writes.
+    confirm_run_unsafe_code: bool = False
 
 
 def check_harness(args: HarnessArgs, section: str = "harness") -> None:
@@ -54,7 +56,7 @@ def check_harness(args: HarnessArgs, section: str = "harness") -> None:
         raise ConfigError(
             f"{section}.batch_tokens={args.batch_tokens} is too small: give 1 or more"
         )
-    if args.limit is not None and args.limit <= 0:
+    if args.limit is not None and not args.limit > 0:
         raise ConfigError(
             f"{section}.limit={args.limit} is not allowed: give a number of documents"
         )
@@ -63,10 +65,11 @@ def check_harness(args: HarnessArgs, section: str = "harness") -> None:
             f"{section}.apply_chat_template={args.apply_chat_template}: these tokenizers have no"
             " chat template; set it to false"
         )
-    if args.use_cache is not None and get_world_size() > 1:
+    if args.use_cache is not None or args.cache_requests:
         raise ConfigError(
-            f"{section}.use_cache={args.use_cache}: the processes share each task's work, and a"
-            " cache for each would divide them; set it to null, or use one process"
+            f"{section}.use_cache and cache_requests cannot be used: lm-eval's caches know a text"
+            " or a task by its name alone, and would answer for another checkpoint or another"
+            " file; leave them out (finished tasks are kept until the evaluation is done)"
         )
     if args.include_path is not None and not Path(args.include_path).is_dir():
         raise ConfigError(
@@ -82,9 +85,15 @@ def name_of(spec: Any) -> str:
 
 
 def _check_names(args: HarnessArgs, section: str) -> None:
-    known = set(_manager(args).all_tasks)
+    manager = _manager(args)
+    known = set(manager.all_tasks)
     names = [name_of(spec) for spec in args.tasks]
     for spec, name in zip(args.tasks, names, strict=True):
+        if isinstance(spec, dict) and ("group" in spec or name in manager.all_groups):
+            raise ConfigError(
+                f"{section}.tasks: lm-eval takes no settings for a group ({name}): name its tasks"
+                " one by one, or write the group into a YAML file below include_path"
+            )
         makes_one = isinstance(spec, dict) and "dataset_path" in spec
         if name in known or makes_one or Path(name).is_file():
             continue
@@ -102,9 +111,9 @@ def _check_names(args: HarnessArgs, section: str) -> None:
 
 
 def _manager(args: HarnessArgs):
-    names = tuple(name_of(spec) for spec in args.tasks)
+    """Of the folder alone, where it has all: a group in it can have members from elsewhere."""
     own = _task_manager(args.include_path, include_defaults=False) if args.include_path else None
-    if own is not None and set(names) <= set(own.all_tasks):
+    if own is not None and {name_of(spec) for spec in args.tasks} <= set(own.all_subtasks):
         return own
     return _task_manager(args.include_path, include_defaults=True)
 
@@ -132,18 +141,19 @@ def run_tasks(
 
     manager = _manager(args)
     options = {one.name: getattr(args, one.name) for one in fields(args)}
-    settings = {**settings, "lm_eval": lm_eval.__version__, "options": {**options, "tasks": None}}
-    done = _broadcast({
-        name_of(spec): content
-        for spec in args.tasks
-        if (content := _finished(_file(folder, spec), spec, settings)) is not None
-    })  # fmt: skip
-    left = [spec for spec in args.tasks if name_of(spec) not in done]
-    if done:
-        logger.info("done before: %s", ", ".join(done))
+    settings = {
+        **settings, "lm_eval": lm_eval.__version__, "options": {**options, "tasks": None},
+        "files": _files_below(args.include_path),
+    }  # fmt: skip
+    found = {name_of(spec): _finished(_file(folder, spec), spec, settings) for spec in args.tasks}
+    done = {name: results for name, results in found.items() if results is not None}
+    are_done = broadcast(list(done))
+    left = [spec for spec in args.tasks if name_of(spec) not in are_done]
+    if are_done:
+        logger.info("done before: %s", ", ".join(are_done))
     _check_loadable(manager, left)
     model = make_model() if left else None
-    for number, spec in enumerate(left, start=len(done) + 1):
+    for number, spec in enumerate(left, start=len(are_done) + 1):
         logger.info("task %d of %d: %s", number, len(args.tasks), name_of(spec))
         model.label = f"{name_of(spec)} ({number} of {len(args.tasks)})"
         results = _evaluate(lm_eval, model, spec, manager, options)
@@ -167,7 +177,7 @@ def _check_loadable(manager: Any, specs: Sequence[Any]) -> None:
     Process 0 looks, and so downloads alone.
     """
     problem = _problem(manager, specs) if get_global_rank() == 0 else None
-    problem = _broadcast(problem)
+    problem = broadcast(problem)
     if problem is not None:
         raise DataError(problem)
 
@@ -177,13 +187,19 @@ def _problem(manager: Any, specs: Sequence[Any]) -> str | None:
         try:
             manager.load(_specs(manager, spec))
         except Exception as error:  # of the hub, of datasets, of a task's own Python
-            return (
-                f"harness.tasks: {name_of(spec)} cannot be loaded"
-                f" ({type(error).__name__}: {cli.one_line(str(error))[:300]}): where there is no"
-                " network, download it elsewhere and set HF_HOME and HF_DATASETS_OFFLINE=1, or"
-                " make local tasks with python -m apps.topk.tasks and give harness.include_path"
-            )
+            what = f"harness.tasks: {name_of(spec)} cannot be loaded ({_said(error)})"
+            if isinstance(error, ConnectionError | FileNotFoundError):
+                return (
+                    f"{what}: where there is no network, download it elsewhere and set HF_HOME and"
+                    " HF_DATASETS_OFFLINE=1, or make local tasks with python -m apps.topk.tasks and"
+                    " give harness.include_path"
+                )
+            return f"{what}: correct its files, or leave it out"
     return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {cli.one_line(str(error))[:300]}"
 
 
 def _evaluate(lm_eval: Any, model: Any, spec: Any, manager: Any, options: dict[str, Any]) -> Any:
@@ -191,18 +207,49 @@ def _evaluate(lm_eval: Any, model: Any, spec: Any, manager: Any, options: dict[s
     if get_global_rank() != 0:
         passed["bootstrap_iters"] = 0  # its result is not used
     specs = _specs(manager, spec)
-    return lm_eval.simple_evaluate(model=model, tasks=specs, task_manager=manager, **passed)
+    try:
+        return lm_eval.simple_evaluate(model=model, tasks=specs, task_manager=manager, **passed)
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        logger.debug("%s", name_of(spec), exc_info=True)
+        raise DataError(
+            f"harness.tasks: {name_of(spec)} cannot be evaluated ({_said(error)}): correct its"
+            " files, or leave it out"
+        ) from None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it was raised by code of this project, which is then in error itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(ROOT / "apps")
 
 
 def _specs(manager: Any, spec: Any) -> list[Any]:
-    """What lm-eval takes for one of ours: a task that is known, with other settings, as a task.
+    """What lm-eval takes for one of ours: a name, or what it built where there are settings.
 
-    lm-eval itself lets the members of a group have other settings, but not a task by itself.
+    lm-eval lets the members of a group have other settings, but not a task by itself.
     """
-    if not isinstance(spec, dict) or name_of(spec) not in manager.all_tasks:
+    name = name_of(spec)
+    if not isinstance(spec, dict) or name not in manager.all_tasks:
         return [spec]
-    group = manager.load([{"group": name_of(spec), "task": [spec]}])
+    rest = {key: value for key, value in spec.items() if key != "task"}
+    members = [name]
+    if name in manager.all_tags:
+        members = sorted(manager.task_index[name].tags)
+    group = manager.load([{"group": name, "task": [{"task": one, **rest} for one in members]}])
     return list(group["tasks"].values())
+
+
+def _files_below(folder: str | None) -> list[Any]:
+    """Name, size and time of the files of a task folder: another list where one changed."""
+    if folder is None:
+        return []
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    states = [(path, path.stat()) for path in files]
+    return [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
 
 
 def _file(folder: Path, spec: Any) -> Path:
@@ -244,12 +291,3 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _broadcast(content: Any) -> Any:
-    """Process 0's, in all."""
-    if dist.is_initialized():
-        box = [content]
-        dist.broadcast_object_list(box)
-        return box[0]
-    return content

@@ -1,10 +1,11 @@
 """Perplexity on held-out documents: every token predicted once, none left out.
 
-A document is its bos token, where the tokenizer has one, and the tokens of its text; eos
-is not scored, so that the total is the code length of the text and of nothing else. A
-document longer than the window is read in overlapping (strided) windows: from the second
-on, only tokens with at least `context` tokens before them are scored there. lm-eval's
-rolling windows are disjoint instead and give a higher number.
+A document is its bos token, where the model was trained with one, and the tokens of its text;
+without bos its first token is not scored. eos is not scored, so that the total is the code
+length of the text and of nothing else. A document longer than the window is read in
+overlapping (strided) windows: from the second on, only tokens with at least `context` tokens
+before them are scored there. lm-eval's rolling windows are disjoint instead and give a higher
+number.
 """
 
 import math
@@ -20,6 +21,7 @@ from apps.topk.evaluation.scoring import Request, score
 from lingua_topk import topk_handle
 from lingua_topk.errors import CheckpointError, DataError
 
+MOST_NATS = 500  # a token; of much more there is no perplexity in float64
 NORMAL_975 = 1.959964  # of a standard normal variable's values 97.5% are below it
 
 
@@ -59,12 +61,11 @@ class Documents:
         self.sizes.append(len(text.encode("utf-8")))
 
 
-def tokenised(texts: Iterable[str], tokenizer) -> Documents:
+def tokenised(texts: Iterable[str], tokenizer, add_bos: bool) -> Documents:
     """The documents of `texts`. DataError where they hold nothing to predict."""
     documents = Documents()
-    has_bos = getattr(tokenizer, "bos_id", None) is not None
     for text in texts:
-        documents.add(text, tokenizer.encode(text, add_bos=has_bos, add_eos=False))
+        documents.add(text, tokenizer.encode(text, add_bos=add_bos, add_eos=False))
     if not any(len(tokens) > 1 for tokens in documents.tokens):
         raise DataError("the held-out documents hold no token to predict: give more text")
     return documents
@@ -170,14 +171,14 @@ def measures(documents: Documents, nll: Tensor) -> dict[str, float | None]:
     nll_per_token in nats, weighted by tokens; its standard error takes documents as the
     independent units (a ratio estimator: tokens of a document depend on each other), and is
     None for a single one, as is the 95% confidence interval of the perplexity, e to the ends of
-    that of nll_per_token. CheckpointError where the likelihoods are not finite.
+    that of nll_per_token. CheckpointError where the likelihoods, or e to them, are not finite.
     """
     n_tokens = n_scored(documents)
     mean = nll.sum().item() / n_tokens
-    if not math.isfinite(mean):
+    if not mean < MOST_NATS:
         raise CheckpointError(
-            f"the model gives {mean} nats a token: its outputs overflow, or hold NaN; evaluate it"
-            " with dtype=fp32, or use an earlier checkpoint"
+            f"the model gives {mean:.4g} nats a token: it has diverged, or its outputs overflow or"
+            " hold NaN; evaluate it with dtype=fp32, or use an earlier checkpoint"
         )
     lengths = torch.tensor([max(len(tokens) - 1, 0) for tokens in documents.tokens]).double()
     residuals = nll - mean * lengths
