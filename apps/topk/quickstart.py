@@ -1,13 +1,11 @@
 """The main job on one machine: real text in, a TopK model and its vanilla twin out.
 
 Prepares the documentation of the Python that runs, trains both models from
-configs/quickstart.yaml, each in a process of its own, evaluates them on the documents that
+configs/quickstart.yaml, both at the same time, evaluates them on the documents that
 were held out (perplexity, and tasks in the manner of WikiText, LAMBADA and HellaSwag that are
 made of them) and compares the two. What is there from an earlier run is used.
 """
 
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from apps.topk import cli, train
+from apps.topk import cli, side_by_side, train
 from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.comparison import compare
 from apps.topk.corpus.python_docs import PythonDocs
@@ -69,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     root_dir = Path(args.data.root_dir or "")
     _prepare(root_dir)
     overrides += _harness(args, root_dir)
-    for name, extra in RUNS.items():
-        _train(name, [*overrides, *extra, f"name={name}", f"dump_dir={dump_dir / name}"])
+    print(f"\ntraining {' and '.join(RUNS)} at the same time", flush=True)
+    side_by_side.run({name: _training(name, overrides, dump_dir) for name in RUNS})
+    for name in RUNS:
         if open_checkpoint(newest_checkpoint(dump_dir / name)).step < args.steps:
             print(f"{name} was ended before its last step: run the quickstart again to go on")
             raise SystemExit(130)
@@ -163,22 +162,10 @@ def _prepare(root_dir: Path) -> None:
     prepare(source=SOURCE, out=str(root_dir), vocab_size=VOCAB_SIZE)
 
 
-def _train(name: str, overrides: list[str]) -> None:
-    """Train in a process of its own; where that fails it has said why, and so ends this one."""
-    print(f"\ntraining: {name}", flush=True)
-    command = [sys.executable, "-m", train.PROGRAM, f"config={CONFIG}", *overrides]
-    child = subprocess.Popen(command)
-    # Whoever ends the quickstart ends the training, which saves first.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-    try:
-        status = child.wait()
-    except KeyboardInterrupt:  # it has had the same Ctrl-C
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if status != 0:
-        raise SystemExit(status if status > 0 else 1)
+def _training(name: str, overrides: list[str], dump_dir: Path) -> list[str]:
+    """The words that train one of the runs."""
+    here = [f"name={name}", f"dump_dir={dump_dir / name}"]
+    return [train.PROGRAM, f"config={CONFIG}", *overrides, *RUNS[name], *here]
 
 
 def _shown(path: str) -> str:
