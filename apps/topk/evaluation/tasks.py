@@ -190,9 +190,9 @@ def _problem(manager: Any, specs: Sequence[Any]) -> str | None:
             what = f"harness.tasks: {name_of(spec)} cannot be loaded ({_said(error)})"
             if isinstance(error, ConnectionError | FileNotFoundError):
                 return (
-                    f"{what}: where there is no network, download it elsewhere and set HF_HOME and"
-                    " HF_DATASETS_OFFLINE=1, or make local tasks with python -m apps.topk.tasks and"
-                    " give harness.include_path"
+                    f"{what}: where there is no network, download it elsewhere and set HF_HOME,"
+                    " HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1, or make local tasks with"
+                    " python -m apps.topk.tasks and give harness.include_path and harness.tasks"
                 )
             return f"{what}: correct its files, or leave it out"
     return None
