@@ -211,7 +211,7 @@ def file_digest(path: str | None) -> str | None:
     """SHA-256 of a file, None where there is none."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a NUL
         return None
 
 

@@ -125,6 +125,7 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
         args, params["data"], checkpoint.model_args.max_seqlen, params["distributed"]["model_dtype"]
     )
     evaluation = _Evaluation(args, checkpoint, dtype)
+    evaluation.load()  # what is wrong with the weights is known before anything is written
     in_the_first(evaluation.begin)
     evaluation.run_tasks()
     results = {} if plan is None else evaluation.validate(plan)
@@ -160,7 +161,7 @@ def check_eval(
 
 
 class _Evaluation:
-    """One checkpoint's; the model is loaded when it is first needed."""
+    """One checkpoint's."""
 
     def __init__(self, args: EvalArgs, checkpoint: Checkpoint, dtype: str):
         self.args = args
@@ -170,7 +171,6 @@ class _Evaluation:
         self.tokenizer = checkpoint.tokenizer()
         has_bos = getattr(self.tokenizer, "bos_id", None) is not None
         self.add_bos = has_bos and bool(checkpoint.params["data"].get("add_bos", True))
-        self._model: torch.nn.Module | None = None
 
     def begin(self) -> None:
         """What is written in the end can be written: better known before the work than after."""
@@ -186,11 +186,9 @@ class _Evaluation:
                 ) from None
         files.begin(self.folder, self.checkpoint.folder)
 
-    @property
-    def model(self) -> torch.nn.Module:
-        if self._model is None:
-            self._model = self.checkpoint.model(_device(), DTYPES[self.dtype], self.args.as_trained)
-        return self._model
+    def load(self) -> None:
+        """The model, on this process's device. CheckpointError."""
+        self.model = self.checkpoint.model(_device(), DTYPES[self.dtype], self.args.as_trained)
 
     def origin(self) -> dict[str, Any]:
         """What the results come from."""

@@ -132,7 +132,7 @@ CONFIG_FILES = [
     file("for eval: unknown key", "validation: {windw: 3}\n", "validation.windw (in eval.yaml) is no known key: did you mean window?", program="eval"),
     file("for eval: that of a training run", "steps: 3\nmodel: {dim: 3}\n", "(in eval.yaml) is no known key", program="eval"),
     file("for eval: a string for a list", "validation: {sources: text}\n", "validation.sources", program="eval"),
-    file("for eval: null for a section", "validation: null\n", "validation (in eval.yaml)", program="eval"),
+    file("for eval: null for a section", "validation: null\n", "nothing is left to evaluate", program="eval"),
     file("for plan: an unknown key", "stepz: 3\n", "stepz (in config.yaml) is no known key: did you mean steps?", program="plan"),
     file("for plan: binary", b"\xff\x00\x01", "config=config.yaml is not readable as YAML", program="plan"),
     file("for the host: an unknown key", "stepz: 3\n", "stepz", program="host"),

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["steps=3", "model.dim=32", "model.n_layers=3", "data.batch_size=1", "data.seq_len=64"]
+TINY = [
+    "steps=3",
+    "model.dim=32",
+    "model.n_heads=2",
+    "model.n_layers=3",
+    "data.batch_size=1",
+    "data.seq_len=64",
+]
 TINY += ["data.prefetch_size=4", "optim.warmup=1", "eval.validation.max_documents=3"]
 
 
