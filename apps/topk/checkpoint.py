@@ -108,10 +108,8 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """JSON that is another when the folder holds other weights."""
-        names = (METADATA_NAME, CONSOLIDATED_NAME)
-        stats = {
-            name: (self.folder / name).stat() for name in names if (self.folder / name).is_file()
-        }
+        paths = (self.folder / name for name in (METADATA_NAME, CONSOLIDATED_NAME))
+        stats = {path.name: path.stat() for path in paths if path.is_file()}
         files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         return {"folder": str(self.folder.resolve()), "step": self.step, "files": files}
 

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint: perplexity on held-out documents, measured L0, and lm-eval's tasks."""
 
+import functools
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -14,14 +15,13 @@ from omegaconf import OmegaConf
 from apps.topk import cli, lingua_host
 from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.evaluation import results as files
-from apps.topk.evaluation.processes import in_the_first
+from apps.topk.evaluation.processes import in_the_first, rank_and_size
 from apps.topk.evaluation.sources import ValidationArgs, ValidationPlan, plan_validation
 from apps.topk.evaluation.tasks import HarnessArgs, check_harness, forget_work, run_tasks
 from apps.topk.evaluation.validation import measures, negative_log_likelihoods, tokenised
 from apps.topk.provenance import provenance, write_text
 from lingua.distributed import (
     DistributedArgs,
-    get_global_rank,
     get_local_rank,
     get_world_size,
     setup_torch_distributed,
@@ -190,8 +190,9 @@ class _Evaluation:
         """The model, on this process's device. CheckpointError."""
         self.model = self.checkpoint.model(_device(), DTYPES[self.dtype], self.args.as_trained)
 
+    @functools.cached_property
     def origin(self) -> dict[str, Any]:
-        """What the results come from."""
+        """What the results come from, the same in all files."""
         return provenance(
             checkpoint=str(self.checkpoint.folder.resolve()), step=self.checkpoint.step,
             dtype=self.dtype, processes=get_world_size(), args=asdict(self.args),
@@ -207,10 +208,10 @@ class _Evaluation:
             "checkpoint": self.checkpoint.state(), "dtype": self.dtype,
             "as_trained": self.args.as_trained,
         }  # fmt: skip
-        results = run_tasks(self._harness_model, harness, self.folder, settings)
+        results = run_tasks(self._harness_model(), harness, self.folder, settings)
         if results is None:  # process 0 has them
             return
-        files.write_tasks(self.folder, results, {**self.origin(), "bos": self._tasks_add_bos})
+        files.write_tasks(self.folder, results, {**self.origin, "bos": self._tasks_add_bos})
         self._record(files.TASK_RECORDS, results["results"])
         logger.info("%s (in %s)", tasks_summary(results), self.folder)
 
@@ -244,8 +245,8 @@ class _Evaluation:
             }  # fmt: skip
             results[name] = {**result, "l0": {str(layer): mean for layer, mean in l0.items()}}
             lines += files.document_lines(name, documents, nll)
-        if get_global_rank() == 0:
-            files.write_validation(self.folder, results, iter(lines), self.origin())
+        if rank_and_size()[0] == 0:
+            files.write_validation(self.folder, results, lines, self.origin)
             self._record(files.VALIDATION_RECORDS, results)
             logger.info("%s (in %s)", summary(results), self.folder)
         return results
@@ -257,10 +258,10 @@ class _Evaluation:
 
     def finish(self) -> None:
         """Say that all is there."""
-        if get_global_rank() == 0:
+        if rank_and_size()[0] == 0:
             config = OmegaConf.to_yaml(OmegaConf.structured(self.args))
             write_text(self.folder / "config.yaml", config)
-            files.write_done(self.folder, self.origin())
+            files.write_done(self.folder, self.origin)
             forget_work(self.folder)
         if dist.is_initialized():
             dist.barrier()

@@ -9,7 +9,7 @@ from typing import Any
 
 from apps.topk import cli
 from apps.topk.corpus import flags
-from apps.topk.corpus.local_files import EMPTY_FILES, KINDS, LocalFiles, describe
+from apps.topk.corpus.local_files import EMPTY_FILES, KINDS, TEXT_KEYS, LocalFiles, describe
 from apps.topk.corpus.output import validation_name
 from apps.topk.corpus.tally import Tally
 from apps.topk.corpus.text_files import COMPRESSIONS, EMPTY, MALFORMED, NO_TEXT, kind
@@ -24,7 +24,6 @@ PROGRAM = task_folder.PROGRAM
 EXAMPLE = "--text data/mine/mine --out tasks/mine"
 MAX_ITEMS = 10_000
 MAX_NAME = 60  # characters
-TEXT_KEYS = ["text", "content"]  # as Lingua's data loader and apps.topk.eval have them
 VALIDATION_PATTERN = validation_name("*")
 # NAMEs of which a task would be called as one of the harness's own tasks or groups is.
 TAKEN_NAMES = ("mmlu",)

@@ -140,6 +140,7 @@ def test_documents_of_another_evaluation_are_not_used(tmp_path):
     ("change", "note"),
     [
         ({"settings": {"window": 32}}, "window 32, in the twin 64"),
+        ({"settings": {"bos": False}}, "bos False, in the twin not given"),
         ({"settings": {"context": 8}}, "context 8, in the twin 32"),
         ({"dtype": "bf16"}, "dtype bf16, in the twin fp32"),
         ({"nll": NLL[:2], "scored": TOKENS[:2], "sizes": SIZES[:2]}, "documents 2, in the twin 3"),

@@ -77,6 +77,10 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_what_an_evaluation_writes(checkpoint, task_folder, tmp_path):
     out = tmp_path / "out"
     evaluate(
@@ -151,12 +155,9 @@ def test_a_kill_after_the_tasks_repeats_none(checkpoint, task_folder, tmp_path, 
         done.append(spec)
         return original(lm_eval, model, spec, *rest)
 
-    def killed(*_):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(tasks_module, "_evaluate", noted)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("apps.topk.eval.negative_log_likelihoods", killed)
+        patch.setattr("apps.topk.eval.negative_log_likelihoods", interrupted)
         evaluate(checkpoint, out, harness=harness(task_folder, TASKS[:2]))
     evaluate(checkpoint, out, harness=harness(task_folder, TASKS[:2]))
     assert done == TASKS[:2]
@@ -274,6 +275,8 @@ def test_documents_at_the_edge(checkpoint, tmp_path, caplog):
         answers = [s["resps"][0][0] for s in read(out / "results.json")["samples"]["edge"]]
         assert answers[1] == [0.0, True]
         assert answers[0][0] < 0 and answers[2][0] < 0
+        assert "in 1 of 2 texts one token spans the end of the context" in caplog.text
+        caplog.clear()
         assert read(out / "results.json")["provenance"]["bos"] is add_bos
 
 
@@ -361,10 +364,8 @@ def test_the_evaluation_of_another_checkpoint_is_not_overwritten(checkpoint, tmp
 def test_an_evaluation_is_not_done_until_it_is(checkpoint, tmp_path, monkeypatch):
     evaluate(checkpoint, tmp_path / "out")
     monkeypatch.chdir(checkpoint.parent)
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr("apps.topk.eval.measures", {}.__getitem__)
-        patch.setattr("apps.topk.eval.negative_log_likelihoods", {}.__getitem__)
-        patch.setattr("apps.topk.eval.tokenised", lambda *_: {}["stopped"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("apps.topk.eval.negative_log_likelihoods", interrupted)
         evaluate(checkpoint.name, tmp_path / "out")  # the same one, by another path
     assert not (tmp_path / "out" / "provenance.json").exists()
 

@@ -75,3 +75,5 @@ def test_signals_reach_them(programs, number):
         assert rest.count("saved") == 2 and child.returncode == 0
     else:
         assert child.returncode != 0
+        with pytest.raises(ProcessLookupError):  # none of its group is left
+            os.killpg(child.pid, 0)

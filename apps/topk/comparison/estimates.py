@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apps.topk.comparison.fields import as_number
+from apps.topk.evaluation.validation import Z_95
 
-# A difference beyond this many standard errors is marked: the normal 95% interval.
-Z_95 = 1.96
 # Residuals below this share of the amounts are rounding, and no spread.
 NEGLIGIBLE = 1e-12
 

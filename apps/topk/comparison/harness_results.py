@@ -128,7 +128,7 @@ def _settings(content: Fields, task: str) -> dict[str, Any]:
         "task version": content.section("versions").content.get(task),
         "num_fewshot": content.section("n-shot").content.get(task),
         "dtype": origin.text("dtype"),
-        "add_bos": origin.section("args").section("harness").content.get("add_bos"),
+        "bos": origin.content.get("bos"),
         "as_trained": bool(origin.section("args").content.get("as_trained", False)),
     }
     told |= {key: run.content.get(key) for key in RUN_KEYS}

@@ -62,7 +62,7 @@ def _measures(
     settings = {
         "documents": n, "bytes": measured.whole("bytes"),
         "window": measured.content.get("window"), "context": measured.content.get("context"),
-        **common,
+        "bos": measured.content.get("bos"), **common,
     }  # fmt: skip
     perplexity, bits = measured.positive("perplexity"), measured.number("bits_per_byte")
     error = usable_stderr(measured.content.get("nll_per_token_stderr"))

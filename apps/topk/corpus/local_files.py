@@ -12,6 +12,7 @@ from apps.topk.corpus.text_files import COMPRESSIONS, EMPTY, MALFORMED, NO_TEXT,
 from lingua_topk.errors import DataError
 
 KINDS = (*text_files.KINDS, ".parquet")
+TEXT_KEYS = ["text", "content"]  # where the hosts' data loaders look for a document
 REASONS = (MALFORMED, NO_TEXT, EMPTY)  # why a line or row gives no document
 NOT_TEXT_FILES = "files of another kind left aside"
 EMPTY_FILES = "empty files"

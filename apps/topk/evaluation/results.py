@@ -1,7 +1,7 @@
 """The files of an evaluation, in Meta Lingua's form and with their origin."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def _checkpoint_of(path: Path) -> str | None:
 
 
 def write_validation(
-    folder: Path, results: dict[str, dict[str, Any]], lines: Iterator[dict[str, Any]],
+    folder: Path, results: dict[str, dict[str, Any]], lines: Iterable[dict[str, Any]],
     origin: dict[str, Any],
 ) -> None:  # fmt: skip
     """validation.json, and validation_documents.jsonl from `lines`."""

@@ -9,16 +9,16 @@ from typing import Any, Optional
 
 from apps.topk import cli
 from apps.topk.corpus import hub
-from apps.topk.corpus.local_files import LocalFiles
+from apps.topk.corpus.local_files import TEXT_KEYS, LocalFiles
+from apps.topk.corpus.output import validation_name
 from apps.topk.corpus.sources import Source
 from apps.topk.corpus.tally import Tally
 from lingua_topk.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_PATTERN = "*.val.jsonl"
+VALIDATION_PATTERN = validation_name("*")
 TRAINING_PATTERN = "*.chunk.*.jsonl"
-TEXT_KEYS = ["text", "content"]
 
 
 @dataclass

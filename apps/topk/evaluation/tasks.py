@@ -10,16 +10,15 @@ import logging
 import math
 import shutil
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
 from apps.main.eval import LMHarnessArgs
 from apps.topk import cli
-from apps.topk.evaluation.processes import broadcast
+from apps.topk.evaluation.processes import broadcast, rank_and_size
 from apps.topk.provenance import ROOT, write_json
-from lingua.distributed import get_global_rank
 from lingua_topk.errors import ConfigError, DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -129,13 +128,12 @@ def _task_manager(include_path: str | None, include_defaults: bool):
 
 
 def run_tasks(
-    make_model: Callable[[], Any], args: HarnessArgs, folder: Path, settings: dict[str, Any]
+    model: Any, args: HarnessArgs, folder: Path, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The results of all tasks in the form of `simple_evaluate`; None but in process 0.
 
-    make_model: gives the adapter, called if there is a task left to do. settings: JSON that
-    tells a finished task of this evaluation from one of another. DataError for a task whose
-    documents cannot be had.
+    model: an `adapter.HarnessModel`. settings: JSON that tells a finished task of this
+    evaluation from one of another. DataError for a task whose documents cannot be had.
     """
     import lm_eval
 
@@ -152,16 +150,15 @@ def run_tasks(
     if are_done:
         logger.info("done before: %s", ", ".join(are_done))
     _check_loadable(manager, left)
-    model = make_model() if left else None
     for number, spec in enumerate(left, start=len(are_done) + 1):
         logger.info("task %d of %d: %s", number, len(args.tasks), name_of(spec))
         model.label = f"{name_of(spec)} ({number} of {len(args.tasks)})"
         results = _evaluate(lm_eval, model, spec, manager, options)
-        if get_global_rank() == 0:
+        if rank_and_size()[0] == 0:
             done[name_of(spec)] = _plain(results)
             content = {"settings": settings, "spec": spec, "results": done[name_of(spec)]}
             write_json(_file(folder, spec), _plain(content))
-    if get_global_rank() != 0:
+    if rank_and_size()[0] != 0:
         return None
     return _merged([done[name_of(spec)] for spec in args.tasks])
 
@@ -176,7 +173,7 @@ def _check_loadable(manager: Any, specs: Sequence[Any]) -> None:
 
     Process 0 looks, and so downloads alone.
     """
-    problem = _problem(manager, specs) if get_global_rank() == 0 else None
+    problem = _problem(manager, specs) if rank_and_size()[0] == 0 else None
     problem = broadcast(problem)
     if problem is not None:
         raise DataError(problem)
@@ -204,7 +201,7 @@ def _said(error: Exception) -> str:
 
 def _evaluate(lm_eval: Any, model: Any, spec: Any, manager: Any, options: dict[str, Any]) -> Any:
     passed = {name: value for name, value in options.items() if name not in NOT_PASSED}
-    if get_global_rank() != 0:
+    if rank_and_size()[0] != 0:
         passed["bootstrap_iters"] = 0  # its result is not used
     specs = _specs(manager, spec)
     try:
@@ -223,8 +220,8 @@ def _evaluate(lm_eval: Any, model: Any, spec: Any, manager: Any, options: dict[s
 
 def _is_ours(error: Exception) -> bool:
     """Whether it was raised by code of this project, which is then in error itself."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(ROOT / "apps")
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(raised_in.is_relative_to(ROOT / name) for name in ("apps", "lingua_topk"))
 
 
 def _specs(manager: Any, spec: Any) -> list[Any]:

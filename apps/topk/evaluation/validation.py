@@ -22,7 +22,7 @@ from lingua_topk import topk_handle
 from lingua_topk.errors import CheckpointError, DataError
 
 MOST_NATS = 500  # a token; of much more there is no perplexity in float64
-NORMAL_975 = 1.959964  # of a standard normal variable's values 97.5% are below it
+Z_95 = 1.959964  # standard errors to either side of a value: its normal 95% interval
 
 
 @dataclass(frozen=True)
@@ -201,4 +201,4 @@ def measures(documents: Documents, nll: Tensor) -> dict[str, float | None]:
 
 
 def _interval(mean: float, error: float) -> list[float]:
-    return [math.exp(mean - NORMAL_975 * error), math.exp(mean + NORMAL_975 * error)]
+    return [math.exp(mean - Z_95 * error), math.exp(mean + Z_95 * error)]
