@@ -350,6 +350,17 @@ def test_documents_that_cannot_be_had(checkpoint, task_folder, tmp_path):
         evaluate(checkpoint, tmp_path / "out", harness=harness(own, ["lost"]))
 
 
+def test_a_run_that_was_moved_is_evaluated_again_in_its_place(checkpoint, tmp_path):
+    there, run = checkpoint.parent.parent, tmp_path / "moved"
+    shutil.copytree(checkpoint, run / "checkpoints" / checkpoint.name)
+    evaluate(checkpoint, there / "evals" / "elsewhere", validation={"max_documents": 1})
+    shutil.move(there / "evals" / "elsewhere", run / "evals" / checkpoint.name)
+    here = run / "checkpoints" / checkpoint.name
+    evaluate(here, run / "evals" / checkpoint.name, validation={"max_documents": 1})
+    written = json.loads((run / "evals" / checkpoint.name / "validation.json").read_text())
+    assert written["provenance"]["checkpoint"] == str(here)
+
+
 def test_the_evaluation_of_another_checkpoint_is_not_overwritten(checkpoint, tmp_path):
     evaluate(checkpoint, tmp_path / "out", validation={"max_documents": 1})
     other = checkpoint.parent / "0000000050"

@@ -24,6 +24,12 @@ VALIDATION_RECORDS = "metrics.validation.jsonl"
 
 def begin(folder: Path, checkpoint: Path) -> None:
     """Take back that all is there. ConfigError where another checkpoint's evaluation is."""
+    if not _is_its_place(folder, checkpoint):
+        _refuse_other(folder, checkpoint)
+    (folder / DONE_NAME).unlink(missing_ok=True)
+
+
+def _refuse_other(folder: Path, checkpoint: Path) -> None:
     for name in (DONE_NAME, VALIDATION_NAME, TASKS_NAME):
         there = _checkpoint_of(folder / name)
         if there is not None and Path(there).resolve() != checkpoint.resolve():
@@ -31,7 +37,13 @@ def begin(folder: Path, checkpoint: Path) -> None:
                 f"dump_dir={folder} holds the evaluation of {there}: give another folder for that"
                 f" of {checkpoint.resolve()}"
             )
-    (folder / DONE_NAME).unlink(missing_ok=True)
+
+
+def _is_its_place(folder: Path, checkpoint: Path) -> bool:
+    """Whether training evaluates `checkpoint` there: what is in it is of a run that was moved."""
+    checkpoint = checkpoint.resolve()
+    run = checkpoint.parents[1] if len(checkpoint.parts) > 2 else checkpoint
+    return folder.resolve() == run / "evals" / checkpoint.name
 
 
 def _checkpoint_of(path: Path) -> str | None:
