@@ -234,6 +234,14 @@ def newest_checkpoint(dump_dir: str | Path) -> Path:
     return max(folders, key=lambda folder: int(folder.name))
 
 
+def checkpoint_folder(ckpt: str) -> Path:
+    """The folder of a checkpoint, where `ckpt` is that of a run its newest one."""
+    folder = Path(ckpt).expanduser()
+    is_checkpoint = any((folder / name).is_file() for name in (METADATA_NAME, CONSOLIDATED_NAME))
+    has_checkpoints = not is_checkpoint and (folder / "checkpoints").is_dir()
+    return newest_checkpoint(folder) if has_checkpoints else folder
+
+
 def _example(folder: Path) -> str:
     inside = sorted(folder.glob(f"**/{METADATA_NAME}"))
     return f", for example {inside[-1].parent}" if inside else ""

@@ -12,15 +12,9 @@ from typing import Any
 import torch
 
 from apps.topk import cli, terminal
-from apps.topk.checkpoint import (
-    CONSOLIDATED_NAME,
-    DTYPES,
-    METADATA_NAME,
-    Checkpoint,
-    newest_checkpoint,
-    open_checkpoint,
-)
+from apps.topk.checkpoint import DTYPES, Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags, progress
+from apps.topk.devices import device_of
 from apps.topk.generation import BATCH_TOKENS, Generation, Generator
 from apps.topk.prompts import read_prompts
 from apps.topk.provenance import provenance, write_json
@@ -111,10 +105,10 @@ def generate(
         max_tokens, temperature, top_p, top_k, seed, tuple(_listed(stop)), ignore_eos
     )
     _check(num, dtype, temperature, batch_tokens)
-    place = _device(device)
+    place = device_of(device)
     texts = read_prompts(_listed(prompt), prompts)
     out = _new_file(json, has_prompts=texts is not None)
-    checkpoint = open_checkpoint(_checkpoint_folder(ckpt))
+    checkpoint = open_checkpoint(checkpoint_folder(ckpt))
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model(place, DTYPES[dtype], as_trained)
     add_bos = bool(checkpoint.params["data"].get("add_bos", True))
     generator = Generator(model, tokenizer, batch_tokens, add_bos)
@@ -175,27 +169,6 @@ def _check(num: int, dtype: str, temperature: float, batch_tokens: int) -> None:
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
-
-
-def _device(name: str) -> torch.device:
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda" if there else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r} is not known: give cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise ConfigError(f"device={name!r} is not there (CUDA devices: {there}): give cpu")
-    return device
-
-
-def _checkpoint_folder(ckpt: str) -> Path:
-    """The folder of a checkpoint, where `ckpt` is that of a run its newest one."""
-    folder = Path(ckpt).expanduser()
-    is_checkpoint = any((folder / name).is_file() for name in (METADATA_NAME, CONSOLIDATED_NAME))
-    has_checkpoints = not is_checkpoint and (folder / "checkpoints").is_dir()
-    return newest_checkpoint(folder) if has_checkpoints else folder
 
 
 def _new_file(name: str, has_prompts: bool) -> Path | None:

@@ -1,0 +1,199 @@
+"""Read the neurons of a checkpoint: what they fire on, and how that compares with controls."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from apps.topk import cli
+from apps.topk.checkpoint import DTYPES, Checkpoint, checkpoint_folder, open_checkpoint
+from apps.topk.corpus import flags
+from apps.topk.devices import device_of
+from apps.topk.neurons.analysis import Analysis
+from apps.topk.neurons.comparison import tables
+from apps.topk.neurons.corpus import rows_of_corpus
+from apps.topk.neurons.measures import Settings
+from lingua_topk.errors import CheckpointError, ConfigError
+
+PROGRAM = "apps.topk.analyze"
+EXAMPLE = "--ckpt DUMP_DIR --twin TWIN_DUMP_DIR"
+FOLDER = "neurons"  # below the dump_dir
+DEFAULT_K = 64  # where no layer has TopK
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; mistakes raise a UserError, for `cli.run` to report."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags.call(analyze, PROGRAM, argv, EXAMPLE, repeatable=["data"])
+
+
+def analyze(
+    *,
+    ckpt: str,
+    twin: str = "",
+    data: str = "",
+    out: str = "",
+    tokens: int = 200_000,
+    row_length: int = 0,
+    layers: str = "",
+    k: int = 0,
+    vectors: str = "",
+    threshold: float = 0.5,
+    min_words: int = 10,
+    max_words: int = 100,
+    contexts: int = 8,
+    context_tokens: int = 32,
+    random_weights: bool = True,
+    seed: int = 0,
+    dtype: str = "fp32",
+    device: str = "",
+    batch_tokens: int = 4096,
+) -> None:
+    """Read the neurons of a checkpoint: what they fire on, and how that compares with controls.
+
+    Every layer's neurons are recorded on a text and measured: token entropy, semantic entropy,
+    MonoScore, how often and how strongly they fire, the tokens, words and places they fire on, and
+    the next tokens that they promote. Two controls are always computed: the same values on
+    shuffled tokens, and the same architecture with random weights. With --twin the vanilla
+    twin is measured alike and compared, also at matched firing rates.
+
+    Entropies are in bits. Token entropy is that of a neuron's |value| summed by token. Semantic
+    entropy is that of the cosine similarities (20 bins over [-1, 1]) of the words on which it is
+    above --threshold times its largest. MonoScore is the mean similarity of words weighted by
+    both activations. Formulas: lingua_topk/analysis.
+
+    Writes OUT/analysis.json, OUT/model, OUT/random, OUT/twin, comparison.json, comparison.md and
+    entropy.svg; python -m apps.topk.report makes a page of them. Stopped, the same command goes
+    on from there.
+
+    Args:
+        ckpt: the checkpoint, such as DUMP_DIR/checkpoints/0000001000, or the dump_dir of a
+            training run for its newest one.
+        twin: the same of the vanilla twin.
+        data: the text to read: files, folders with *.val.jsonl files or of text, or hf:OWNER/NAME
+            data sets, separated by commas; by default the held-out documents of training.
+        out: the folder to write; by default neurons in the dump_dir of the run.
+        tokens: how many tokens of it, at most.
+        row_length: tokens a row; 0 for as many as in training.
+        layers: which layers, as 0,2,3; by default all.
+        k: values a token and layer that are kept where there is no TopK, those of largest
+            magnitude; 0 for the model's own k (or 64), -1 for all.
+        vectors: word vectors for semantic entropy and MonoScore: a word2vec or GloVe text file, or
+            the folder of a sentence-transformers model; by default the model's own embeddings,
+            which is circular.
+        threshold: share of a neuron's largest |value| above which a word counts.
+        min_words: words with a vector that a neuron needs for semantic entropy.
+        max_words: the most of them that are taken.
+        contexts: places of text that are kept a neuron.
+        context_tokens: tokens around such a place.
+        random_weights: whether the architecture with random weights is measured too.
+        seed: of the random weights and of the shuffling.
+        dtype: what the model computes in: fp64, fp32, bf16 or fp16.
+        device: cpu or cuda; by default cuda where there is one.
+        batch_tokens: tokens that the model reads at once.
+
+    Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
+    that cannot be used, DataError for text or vectors that cannot.
+    """
+    settings = Settings(threshold, min_words, max_words, contexts, context_tokens, seed)
+    _check(settings, dtype, batch_tokens, row_length, k)
+    place = device_of(device)
+    checkpoint = open_checkpoint(checkpoint_folder(ckpt))
+    twin_checkpoint = open_checkpoint(checkpoint_folder(twin)) if twin else None
+    if twin_checkpoint is not None:
+        check_twin(checkpoint, twin_checkpoint)
+    rows = rows_of_corpus(checkpoint, _listed(data), tokens, row_length or None)
+    analysis = Analysis(
+        checkpoint=checkpoint, twin=twin_checkpoint, rows=rows, settings=settings,
+        layers=_layers(layers, checkpoint.model_args.n_layers), k=_k(k, checkpoint),
+        vectors_from=vectors, random_weights=random_weights, device=place, dtype=dtype,
+        batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
+        out=Path(out).expanduser() if out else _default_out(checkpoint),
+    )  # fmt: skip
+    for table in tables(analysis.run()):
+        Console().print(table)
+    print(f"written: {analysis.out} (python -m apps.topk.report makes a page of it)")
+
+
+def _check(settings: Settings, dtype: str, batch_tokens: int, row_length: int, k: int) -> None:
+    if not 0 <= settings.threshold < 1:
+        raise ConfigError(
+            f"threshold={settings.threshold} is not allowed: give at least 0 and less than 1"
+        )
+    least = {"min_words": 2, "contexts": 1, "context_tokens": 1}
+    numbers = {name: getattr(settings, name) for name in least} | {"batch_tokens": batch_tokens}
+    for name, value in numbers.items():
+        if value < least.get(name, 1):
+            raise ConfigError(f"{name}={value} is too small: give at least {least.get(name, 1)}")
+    if settings.max_words < settings.min_words:
+        raise ConfigError(
+            f"max_words={settings.max_words} is less than min_words={settings.min_words}: give at"
+            " least as many"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    if row_length < 0:
+        raise ConfigError(
+            f"row_length={row_length} is not allowed: give at least 2, or 0 for that of training"
+        )
+    if k < -1:
+        raise ConfigError(f"k={k} is not allowed: give at least 1, 0 for the model's, -1 for all")
+
+
+def _listed(data: str) -> list[str]:
+    return [name.strip() for name in data.split(",") if name.strip()]
+
+
+def _layers(text: str, n_layers: int) -> list[int]:
+    """The layers named, rising; all for ""."""
+    if not text:
+        return list(range(n_layers))
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [-1]
+    if not 0 <= found[0] <= found[-1] < n_layers:
+        raise ConfigError(
+            f"layers={text!r} is not allowed: give numbers from 0 to {n_layers - 1} with commas"
+        )
+    return found
+
+
+def _k(k: int, checkpoint: Checkpoint) -> int | None:
+    topk = checkpoint.model_args.topk
+    if k == 0:
+        return DEFAULT_K if topk is None else topk.k
+    return None if k == -1 else k
+
+
+def _default_out(checkpoint: Checkpoint) -> Path:
+    """neurons in the run's dump_dir, where the checkpoint lies in DUMP_DIR/checkpoints/STEP."""
+    if checkpoint.folder.parent.name != "checkpoints":
+        raise ConfigError(
+            f"ckpt={str(checkpoint.folder)!r} does not lie in the dump_dir of a run: give --out"
+        )
+    return checkpoint.folder.parent.parent / FOLDER
+
+
+def check_twin(checkpoint: Checkpoint, twin: Checkpoint) -> None:
+    """CheckpointError where the neurons of the two cannot be compared one layer with another."""
+    ours, theirs = checkpoint.describe(), twin.describe()
+    for name in ("dim", "n_layers", "vocab_size"):
+        if ours[name] != theirs[name]:
+            raise CheckpointError(
+                f"twin={str(twin.folder)!r} has {name}={theirs[name]}, the model {ours[name]}: give"
+                " the run that was trained alike, without TopK"
+            )
+    if ours["tokenizer"]["sha256"] != theirs["tokenizer"]["sha256"]:
+        raise CheckpointError(
+            f"twin={str(twin.folder)!r} has another tokenizer: give the run that was trained alike"
+        )
+    if theirs["topk"] is not None:
+        raise CheckpointError(
+            f"twin={str(twin.folder)!r} has TopK itself: give the run with model.topk=null"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,184 @@
+"""An analysis from its beginning to its end: record, measure, compare; what is there is kept."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apps.topk.checkpoint import DTYPES, Checkpoint
+from apps.topk.corpus import progress
+from apps.topk.model import TopKTransformer
+from apps.topk.neurons import comparison, folder
+from apps.topk.neurons.corpus import Rows
+from apps.topk.neurons.measures import Settings, Text, measure_layer, next_tokens
+from apps.topk.neurons.reading import record_model
+from apps.topk.provenance import provenance, write_json
+from lingua_topk.analysis.vectors import read_vectors
+from lingua_topk.analysis.words import words_of
+from lingua_topk.errors import ConfigError
+
+INPUTS_NAME = "inputs.json"
+MAY_BE_THERE = {INPUTS_NAME, "trace"}  # in a folder that an analysis is begun in
+
+
+@dataclass
+class Analysis:
+    """Of one checkpoint, with its controls and, where there is one, its twin.
+
+    Attributes:
+        layers: which are recorded.
+        k: values a token that are kept where there is no TopK, None for all.
+        vectors_from: what `read_vectors` takes; "" for the checkpoint's own embeddings.
+        random_weights: whether the same architecture with random weights is measured.
+        out: the folder it is written to.
+    """
+
+    checkpoint: Checkpoint
+    twin: Checkpoint | None
+    rows: Rows
+    settings: Settings
+    layers: list[int]
+    k: int | None
+    vectors_from: str
+    random_weights: bool
+    device: torch.device
+    dtype: str
+    batch_rows: int
+    out: Path
+
+    def run(self) -> dict[str, Any]:
+        """Make what is not there yet; what comparison.json holds.
+
+        ConfigError where `out` holds something else.
+        """
+        self._begin()
+        model = self._loaded(self.checkpoint)
+        text = self._text(model)
+        shuffled = text.shuffled(self.settings.seed)
+        self._measure(folder.MODEL, model, text, shuffled)
+        if self.random_weights:
+            self._measure(folder.RANDOM, self._random(), text, shuffled)
+        if self.twin is not None:
+            self._measure(folder.TWIN, self._loaded(self.twin), text, shuffled)
+        compared = comparison.compare_neurons(self.out, self.settings.seed)
+        comparison.write_comparison(self.out, compared)
+        folder.write_analysis(self.out, self._described(text))
+        return compared
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """JSON that is the same only when the results would be."""
+        return {
+            "checkpoint": self.checkpoint.state(),
+            "twin": self.twin and self.twin.state(),
+            "tokens": hashlib.sha256(self.rows.tokens.tobytes()).hexdigest(),
+            "row_length": self.rows.tokens.shape[1],
+            "settings": asdict(self.settings),
+            "layers": self.layers,
+            "k": self.k,
+            "vectors": self.vectors_from,
+            "random_weights": self.random_weights,
+            "dtype": self.dtype,
+        }
+
+    def _begin(self) -> None:
+        path = self.out / INPUTS_NAME
+        if path.is_file():
+            self._check_same(path)
+            return
+        others = {one.name for one in self.out.iterdir()} if self.out.is_dir() else set()
+        if self.out.exists() and (not self.out.is_dir() or others - MAY_BE_THERE):
+            raise ConfigError(f"out={str(self.out)!r} is there and is no analysis: give another")
+        try:
+            write_json(path, self.inputs)
+        except OSError as error:
+            raise ConfigError(
+                f"out={str(self.out)!r} cannot be written ({error.strerror}): give another folder"
+            ) from None
+
+    def _check_same(self, path: Path) -> None:
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            different = [name for name in self.inputs if there.get(name) != self.inputs[name]]
+        except (OSError, ValueError, AttributeError):
+            different = ["what it was made from"]
+        if different:
+            raise ConfigError(
+                f"out={str(self.out)!r} holds an analysis with another {different[0]}: give another"
+                " --out, or remove it"
+            )
+
+    def _loaded(self, checkpoint: Checkpoint) -> nn.Module:
+        return checkpoint.model(self.device, DTYPES[self.dtype])
+
+    def _random(self) -> nn.Module:
+        """The architecture as training begins with it."""
+        torch.manual_seed(self.settings.seed)
+        model = TopKTransformer(self.checkpoint.model_args)
+        model.init_weights()
+        for parameter in model.parameters():  # the rotary table stays in float32
+            parameter.data = parameter.data.to(DTYPES[self.dtype])
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _text(self, model: nn.Module) -> Text:
+        words = words_of(self.rows.tokens, self.rows.pieces)
+        tokenizer = self.checkpoint.tokenizer()
+        vectors = read_vectors(
+            self.vectors_from,
+            words.words,
+            model.tok_embeddings.weight.detach().float().cpu(),
+            lambda word: tokenizer.encode(f" {word}", add_bos=False, add_eos=False),
+        )
+        return Text(self.rows.tokens, words, vectors)
+
+    def _measure(self, part: str, model: nn.Module, text: Text, shuffled: Text) -> None:
+        """Record and measure the layers that are not measured yet."""
+        place = self.out / part
+        inputs = {"part": part, **self.inputs}
+        digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        todo = [i for i in self.layers if not folder.is_measured(place, i, digest)]
+        keeps = part == folder.MODEL  # the report shows what fires on its texts
+        if not todo and not keeps:
+            return
+        recording = record_model(
+            model, self.rows.tokens, place / folder.RECORDING, layers=self.layers, k=self.k,
+            site=self._site, batch_rows=self.batch_rows, inputs=inputs, name=str(self.checkpoint.folder),
+            vocab_size=self.checkpoint.model_args.vocab_size, label=f"reading with {part}",
+        )  # fmt: skip
+        vocab_size = self.checkpoint.model_args.vocab_size
+        with progress.bar(f"measuring {part}", len(todo), "layer") as shown:
+            for i in progress.ticking(todo, shown):
+                layer = recording.layer(i)
+                measured = measure_layer(layer, text, shuffled, vocab_size, self.settings)
+                measured.arrays.update(next_tokens(model, i))
+                folder.write_layer(place, layer, measured, digest)
+        if not keeps:
+            shutil.rmtree(place / folder.RECORDING)
+
+    @property
+    def _site(self) -> str | None:
+        """Where the checkpoint has its neurons: the twin is recorded there too."""
+        topk = self.checkpoint.model_args.topk
+        return topk and topk.site
+
+    def _described(self, text: Text) -> dict[str, Any]:
+        random = [folder.RANDOM] if self.random_weights else []
+        return {
+            "parts": [folder.MODEL, *random, *([folder.TWIN] if self.twin else [])],
+            "checkpoint": self.checkpoint.describe(),
+            "step": self.checkpoint.step,
+            "twin": self.twin and self.twin.describe(),
+            "corpus": self.rows.describe(),
+            "layers": self.layers,
+            "k": self.k,
+            "vectors": text.vectors.source,
+            "settings": asdict(self.settings),
+            "dtype": self.dtype,
+            "provenance": provenance(),
+        }

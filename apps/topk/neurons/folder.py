@@ -1,0 +1,138 @@
+"""The files of an analysis: who writes them, who reads them, and what they are called.
+
+OUT/
+  analysis.json          what was analysed, how and when; written last
+  model/recording/       which neurons fire where (see lingua_topk.analysis.recording)
+  model/layers/03.safetensors    the measures of layer 3, arrays [D] or [D, n] by name
+  model/words/03.jsonl   a line a neuron: the words it fires on most, with its values there
+  random/                the same of the same architecture with random weights
+  twin/                  the same of the vanilla twin, where one was given
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from apps.topk.neurons.measures import Measured
+from apps.topk.provenance import write_json, write_text
+from lingua_topk.analysis.recording import LayerRecording
+from lingua_topk.errors import DataError
+
+VERSION = 1
+DONE_NAME = "analysis.json"
+MODEL, RANDOM, TWIN = "model", "random", "twin"
+RECORDING = "recording"
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """The measures of one layer as they lie in an analysis folder.
+
+    Attributes:
+        index: the layer.
+        is_topk: whether its block has TopK.
+        kept: which values were recorded, in words.
+        n_tokens: that were recorded.
+        arrays: [D] or [D, n] by name.
+        words: of each neuron, with its value of largest magnitude there.
+    """
+
+    index: int
+    is_topk: bool
+    kept: str
+    n_tokens: int
+    arrays: dict[str, np.ndarray]
+    words: list[list[tuple[str, float]]]
+
+
+def write_layer(folder: Path, layer: LayerRecording, measured: Measured, inputs: str) -> None:
+    """Write a layer's files. inputs: a digest of what they are made from; see `is_measured`."""
+    lines = (
+        json.dumps({"neuron": neuron, "words": words}) + "\n"
+        for neuron, words in enumerate(measured.words)
+    )
+    write_text(_words_path(folder, layer.index), "".join(lines))
+    metadata = {
+        "layer": str(layer.index), "is_topk": str(layer.is_topk).lower(), "kept": layer.kept,
+        "n_tokens": str(layer.n_tokens), "inputs": inputs,
+    }  # fmt: skip
+    _write_whole(_arrays_path(folder, layer.index), save(measured.arrays, metadata))
+
+
+def is_measured(folder: Path, layer: int, inputs: str) -> bool:
+    """Whether the layer's files are there and made from the same."""
+    try:
+        with safe_open(_arrays_path(folder, layer), "numpy") as file:
+            return file.metadata().get("inputs") == inputs
+    except (OSError, SafetensorError, AttributeError):
+        return False
+
+
+def read_layers(folder: Path) -> list[MeasuredLayer]:
+    """The layers of one part, such as OUT/model, by index; none where there is no such part."""
+    return [_read_layer(folder, path) for path in sorted(folder.glob("layers/*.safetensors"))]
+
+
+def _read_layer(folder: Path, path: Path) -> MeasuredLayer:
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        index = int(facts["layer"])
+        text = _words_path(folder, index).read_text(encoding="utf-8")
+        words = [
+            [(word, float(value)) for word, value in json.loads(line)["words"]]
+            for line in text.splitlines()
+        ]
+        if len(words) != len(arrays["counts"]):
+            raise ValueError(f"words of {len(words)} neurons, and {len(arrays['counts'])} measured")
+        return MeasuredLayer(
+            index, facts["is_topk"] == "true", facts["kept"], int(facts["n_tokens"]), arrays, words
+        )
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is no layer of an analysis ({error}): analyse again") from None
+
+
+def read_analysis(out: Path) -> dict[str, Any]:
+    """What analysis.json holds. DataError where the folder holds no finished analysis."""
+    path = out / DONE_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{out} holds no finished analysis (it has no {DONE_NAME}): make one with python -m"
+            " apps.topk.analyze"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']!r}, where {VERSION} is read")
+        return content
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): analyse again") from None
+
+
+def write_analysis(out: Path, content: dict[str, Any]) -> None:
+    write_json(out / DONE_NAME, {"version": VERSION, **content})
+
+
+def _arrays_path(folder: Path, layer: int) -> Path:
+    return folder / "layers" / f"{layer:02d}.safetensors"
+
+
+def _words_path(folder: Path, layer: int) -> Path:
+    return folder / "words" / f"{layer:02d}.jsonl"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

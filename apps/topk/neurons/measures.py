@@ -1,0 +1,173 @@
+"""Every measure of every neuron of a recorded layer, with its shuffled control."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from lingua_topk import topk_handle
+from lingua_topk.analysis import neurons
+from lingua_topk.analysis.monoscore import mono_score
+from lingua_topk.analysis.recording import Block, LayerRecording
+from lingua_topk.analysis.semantics import semantic_measures
+from lingua_topk.analysis.vectors import Vectors
+from lingua_topk.analysis.words import Words
+
+TOP_TOKENS = 20
+NEXT_TOKENS = 10
+DIRECT_NEURONS = 128  # at once: their logits over the whole vocabulary are in memory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How neurons are measured; all of it stands in the results.
+
+    Attributes:
+        threshold: share of a neuron's largest |value| above which it fires on a word.
+        min_words: distinct words with a vector that semantic entropy needs.
+        max_words: the most of them that are taken, those with the largest |value|.
+        contexts: places of text that are kept a neuron; 0 for none.
+        context_tokens: tokens around such a place.
+        seed: of the shuffled control, and of the random weights.
+    """
+
+    threshold: float = 0.5
+    min_words: int = 10
+    max_words: int = 100
+    contexts: int = 8
+    context_tokens: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands at the places of a recording.
+
+    Attributes:
+        tokens: int32 [N, S].
+        words: which words they are parts of.
+        vectors: of the words.
+    """
+
+    tokens: np.ndarray
+    words: Words
+    vectors: Vectors
+
+    @property
+    def word_counts(self) -> np.ndarray:
+        """How many places belong to each word, int64 [W]."""
+        index = self.words.index
+        return np.bincount(index[index >= 0], minlength=len(self.words.words))
+
+    def shuffled(self, seed: int) -> "Text":
+        """The same tokens and words at places that have nothing to do with what fires there."""
+        order = np.random.default_rng(seed).permutation(self.tokens.size)
+        tokens = self.tokens.reshape(-1)[order].reshape(self.tokens.shape)
+        return replace(
+            self, tokens=tokens, words=replace(self.words, index=self.words.index[order])
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A layer's neurons: arrays [D] or [D, n] by name, and the words each fires on most."""
+
+    arrays: dict[str, np.ndarray]
+    words: list[list[tuple[str, float]]]
+
+
+def measure_layer(
+    layer: LayerRecording, text: Text, shuffled: Text, vocab_size: int, settings: Settings
+) -> Measured:
+    """What a layer's neurons fire on; `shuffled` is the control, its arrays are named so."""
+    parts: list[dict[str, np.ndarray]] = []
+    words: list[list[tuple[str, float]]] = []
+    counts, control_counts = text.word_counts, shuffled.word_counts
+    row_length = text.tokens.shape[1]
+    for block in layer.blocks():
+        found = neurons.token_mass(block, text.tokens.reshape(-1))
+        semantic, mono, fired_on = _semantics(block, text, counts, settings)
+        ids, shares = neurons.top_tokens(found, TOP_TOKENS)
+        entropy = neurons.token_entropy(found)
+        part = {
+            "counts": block.counts,
+            "firing_rate": block.counts / layer.n_tokens,
+            **neurons.strength(block),
+            "token_entropy": entropy,
+            "token_entropy_count": neurons.token_entropy(found, by_count=True),
+            "token_entropy_normalised": entropy / np.log2(vocab_size),
+            "top_tokens": ids,
+            "top_token_share": shares,
+            **semantic,
+            "mono_score": mono,
+            **_control(block, shuffled, control_counts, settings),
+        }
+        if settings.contexts:
+            part |= neurons.top_contexts(
+                block, row_length, settings.contexts, settings.context_tokens
+            )
+        parts.append(part)
+        words += fired_on
+    return Measured(
+        {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}, words
+    )
+
+
+def _semantics(
+    block: Block, text: Text, counts: np.ndarray, settings: Settings
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[list[tuple[str, float]]]]:
+    found = semantic_measures(
+        block, text.words, text.vectors, threshold=settings.threshold,
+        min_words=settings.min_words, max_words=settings.max_words,
+    )  # fmt: skip
+    arrays = {
+        "semantic_entropy": found.entropy,
+        "n_words": found.n_words,
+        "n_with_vector": found.n_with_vector,
+        "coverage": found.coverage,
+    }
+    return arrays, mono_score(block, text.words, text.vectors, counts), found.top_words
+
+
+def _control(
+    block: Block, shuffled: Text, counts: np.ndarray, settings: Settings
+) -> dict[str, np.ndarray]:
+    mass = neurons.token_mass(block, shuffled.tokens.reshape(-1))
+    semantic, mono, _ = _semantics(block, shuffled, counts, settings)
+    return {
+        "shuffled_token_entropy": neurons.token_entropy(mass),
+        "shuffled_token_entropy_count": neurons.token_entropy(mass, by_count=True),
+        "shuffled_semantic_entropy": semantic["semantic_entropy"],
+        "shuffled_mono_score": mono,
+    }
+
+
+@torch.no_grad()
+def next_tokens(model: nn.Module, layer: int) -> dict[str, np.ndarray]:
+    """The tokens that each neuron of a layer promotes and suppresses most; see `direct_effects`.
+
+    int32 and float32 [D, n].
+    """
+    device = next(model.parameters()).device
+    handle = topk_handle(model)
+    if handle is not None and handle.args.site == "mlp":
+        directions = model.layers[layer].feed_forward.w2.weight.T  # [F, D]
+    else:
+        directions = torch.eye(model.dim, device=device)  # [D, D]
+    norm, output = model.norm.weight.float(), _output(model).float()
+    parts = [
+        neurons.direct_effects(some.float(), norm, output, NEXT_TOKENS)
+        for some in directions.split(DIRECT_NEURONS)
+    ]
+    arrays = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+    return {
+        name: array.astype(np.float32 if name.endswith("logits") else np.int32)
+        for name, array in arrays.items()
+    }
+
+
+def _output(model: nn.Module) -> torch.Tensor:
+    """The output matrix, [V, D]; tied models share it with the embedding."""
+    output = model.output
+    return output.weight if hasattr(output, "weight") else output.tied_module.weight

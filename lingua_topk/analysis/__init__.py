@@ -1,0 +1,1 @@
+"""What the neurons of a model stand for: recording them over a corpus, and measures of them."""

@@ -1,0 +1,117 @@
+"""What a report shows, as plain data: who fills it knows the files, the page knows none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Layer:
+    """The neurons of one layer.
+
+    Attributes:
+        index: of the block.
+        is_topk: whether it ends in TopK.
+        kept: what the recording kept of it, in words.
+        arrays: measures by name, [D] or [D, n], as `apps.topk.analyze` writes them. Those that
+            are missing are shown as not measured.
+        words: of each neuron its words with their largest value, largest |value| first.
+    """
+
+    index: int
+    is_topk: bool
+    kept: str
+    arrays: Mapping[str, np.ndarray]
+    words: Sequence[Sequence[tuple[str, float]]]
+
+    @property
+    def width(self) -> int:
+        return len(self.arrays["counts"])
+
+
+@dataclass
+class Firings:
+    """What fires on a text in one layer: positions, neurons (integers) and values, all [M]."""
+
+    positions: np.ndarray
+    neurons: np.ndarray
+    values: np.ndarray
+
+
+@dataclass
+class Text:
+    """A text with what fires on it.
+
+    Attributes:
+        name: how it is listed.
+        tokens: ids [S].
+        firings: by layer.
+        row: of the recording, None for a text that was given.
+    """
+
+    name: str
+    tokens: np.ndarray
+    firings: Mapping[int, Firings]
+    row: int | None = None
+
+
+@dataclass
+class Figure:
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass
+class Table:
+    """Cells are shown as they are; numbers are written out by who fills it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass
+class NeuronTrace:
+    """One neuron over the checkpoints of its run: a line of `series` has a value a step.
+
+    NaN where it was not measured. `tokens`: the largest token ids at each step.
+    """
+
+    steps: Sequence[int]
+    series: Mapping[str, Sequence[float]]
+    tokens: Sequence[Sequence[int]] = ()
+    settled: int | None = None
+
+
+@dataclass
+class Report:
+    """Everything on the page.
+
+    Attributes:
+        title: of the page.
+        facts: name and value, in the order shown.
+        layers: with their neurons.
+        pieces: the bytes of each token id; b"" for special tokens.
+        special: names of special tokens by id.
+        rows: token ids [N, S] of the recording, of which the contexts are taken.
+        texts: that can be chosen, with what fires on them.
+        strongest: how many neurons a token and layer `texts` hold at most.
+        n_contexts: of a neuron, at most.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    layers: Sequence[Layer]
+    pieces: Sequence[bytes]
+    rows: np.ndarray
+    special: Mapping[int, str] = field(default_factory=dict)
+    texts: Sequence[Text] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    sentences: Sequence[str] = ()
+    traces: Mapping[tuple[int, int], NeuronTrace] = field(default_factory=dict)
+    strongest: int = 16
+    n_contexts: int = 12
