@@ -8,9 +8,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -49,8 +49,8 @@ def measure(
 
     Time: a model with D=1024, 8 layers, k=64 and random weights, all layers recorded (of the two
     without TopK the 64 largest values), in turns with the plain pass in one process; the median
-    of the ratios of neighbours, after one turn that is not counted. Sorting at the end is named
-    apart. Memory: one point with 64 survivors a token, without a model, in a process of its own;
+    of the ratios of neighbours, after one turn that is not counted, on the wall's clock and in
+    the CPUs' seconds. Sorting at the end is named apart. Memory: one point with 64 survivors a token, without a model, in a process of its own;
     the largest resident set that the system noted.
 
     Args:
@@ -87,26 +87,33 @@ def _times(repeats: int, n_rows: int, batch_rows: int) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _model().to(device)
     tokens = torch.randint(0, VOCAB_SIZE, (n_rows, ROW_LENGTH))
-    plain, recording, finishing = [], [], []
+    turns = []
     for _ in range(repeats + 1):
-        plain.append(_plain(model, tokens, batch_rows))
-        seconds, sorting = _recorded(model, tokens, batch_rows)
-        recording.append(seconds)
-        finishing.append(sorting)
-    plain, recording, finishing = plain[1:], recording[1:], finishing[1:]
-    ratios = sorted(after / before for before, after in zip(plain, recording, strict=True))
+        plain = _plain(model, tokens, batch_rows)
+        turns.append([plain, *_recorded(model, tokens, batch_rows)])
+    seconds = np.array(turns[1:])  # [repeats, (plain, recording, finishing), (wall, CPU)]
+    plain, recording, finishing = np.median(seconds, axis=0)
+    ratios = seconds[:, 1] / seconds[:, 0]  # [repeats, (wall, CPU)]
     return {
         "device": device,
         "repeats": repeats,
         "tokens": tokens.numel(),
         "batch_rows": batch_rows,
-        "plain_tokens_a_second": round(tokens.numel() / median(plain)),
-        "recording_tokens_a_second": round(tokens.numel() / median(recording)),
-        "ratio": round(median(ratios), 3),
-        "smallest_ratio": round(ratios[0], 3),
-        "largest_ratio": round(ratios[-1], 3),
-        "finishing_share": round(median(finishing) / median(plain), 3),
+        "plain_tokens_a_second": round(tokens.numel() / plain[0]),
+        "recording_tokens_a_second": round(tokens.numel() / recording[0]),
+        "ratio": round(np.median(ratios[:, 0]), 3),
+        "smallest_ratio": round(ratios[:, 0].min(), 3),
+        "largest_ratio": round(ratios[:, 0].max(), 3),
+        "cpu_ratio": round(np.median(ratios[:, 1]), 3),
+        "smallest_cpu_ratio": round(ratios[:, 1].min(), 3),
+        "largest_cpu_ratio": round(ratios[:, 1].max(), 3),
+        "finishing_share": round(finishing[0] / plain[0], 3),
     }
+
+
+def _clocks() -> np.ndarray:
+    """Seconds on the wall, and of the CPUs for this process, which others disturb less."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def _model() -> TopKTransformer:
@@ -120,36 +127,31 @@ def _model() -> TopKTransformer:
     return model.eval().requires_grad_(False)
 
 
-def _plain(model: nn.Module, tokens: Tensor, batch_rows: int) -> float:
-    """Seconds of the forward pass."""
+def _plain(model: nn.Module, tokens: Tensor, batch_rows: int) -> np.ndarray:
+    """Seconds of the forward pass: [2], wall and CPU."""
     device = next(model.parameters()).device
-    start = time.perf_counter()
+    start = _clocks()
     with torch.no_grad():
         for batch in tokens.split(batch_rows):
             model(batch.to(device))
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return _clocks() - start
 
 
-def _recorded(model: nn.Module, tokens: Tensor, batch_rows: int) -> tuple[float, float]:
-    """Seconds of the pass that records, and those of the sorting at the end."""
+def _recorded(model: nn.Module, tokens: Tensor, batch_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of the pass that records, and those of the sorting at the end: [2], [2]."""
     device = next(model.parameters()).device
-    done_at = 0.0
-
-    def note(rows: int) -> None:
-        nonlocal done_at
-        done_at = time.perf_counter()
-
+    passed = []  # the clocks after each batch
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start = _clocks()
         record(
             lambda batch: model(batch.to(device)), points_of(model, k=K), tokens,
             row_length=ROW_LENGTH, n_rows=len(tokens), out=Path(folder, "out"),
             batch_rows=batch_rows, inputs={}, model_name="", vocab_size=VOCAB_SIZE,
-            on_progress=note,
+            on_progress=lambda rows: passed.append(_clocks()),
         )  # fmt: skip
-        return done_at - start, time.perf_counter() - done_at
+        return passed[-1] - start, _clocks() - passed[-1]
 
 
 def _memory(n_tokens: int) -> dict[str, Any]:

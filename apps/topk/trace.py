@@ -167,14 +167,14 @@ def _layers(text: str, n_layers: int) -> list[int]:
 
 def _check_neurons(wanted: Sequence[tuple[int, int]], layers: Sequence[int], width: int) -> None:
     for layer, index in wanted:
-        if index >= width:
-            raise ConfigError(
-                f"neuron={layer}:{index} is not in the model: give an index from 0 to {width - 1}"
-            )
         if layer not in layers:
             raise ConfigError(
                 f"neuron={layer}:{index} is of a layer that is not recorded: give one of layer"
-                f" {', '.join(map(str, layers))}, or add {layer} to --layers"
+                f" {', '.join(map(str, layers))}, or another --layers"
+            )
+        if index >= width:
+            raise ConfigError(
+                f"neuron={layer}:{index} is not in the model: give an index from 0 to {width - 1}"
             )
 
 

@@ -231,7 +231,7 @@ def _tag(element: ET.Element) -> str:
 
 # Parts of a figure -------------------------------------------------------------------------
 
-_SHADE = {"facecolor": "none", "edgecolor": INK, "hatch": "///", "linewidth": 0, "alpha": 0.7}
+_SHADE = {"facecolor": "none", "edgecolor": INK, "hatch": "///", "linewidth": 0, "alpha": 0.55}
 
 
 def _panels(n: int, height: float = PANEL_HEIGHT) -> tuple[Figure, list[Axes]]:

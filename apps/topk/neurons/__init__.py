@@ -1,6 +1,6 @@
 """What a checkpoint's neurons fire on, measured and compared with controls.
 
-text and measures     corpus.py, measures.py
-files                 folder.py, reading.py
-against the controls  comparison.py, and in words and tables comparison_text.py
+record and measure      corpus.py, reading.py, measures.py; analysis.py does all of it
+files                   folder.py
+twin and controls       comparison.py, in words and tables comparison_text.py
 """

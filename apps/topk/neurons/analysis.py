@@ -146,12 +146,20 @@ class Analysis:
         keeps = part == folder.MODEL  # the report shows what fires on its texts
         if not todo and not keeps:
             return
-        recording = record_model(
-            model, self.rows.tokens, place / folder.RECORDING, layers=self.layers, k=self.k,
-            site=self._site, batch_rows=self.batch_rows, inputs=inputs, name=str(self.checkpoint.folder),
-            vocab_size=self.checkpoint.model_args.vocab_size, label=f"reading with {part}",
-        )  # fmt: skip
         vocab_size = self.checkpoint.model_args.vocab_size
+        recording = record_model(
+            model,
+            self.rows.tokens,
+            place / folder.RECORDING,
+            layers=self.layers,
+            k=self.k,
+            site=self._site,
+            batch_rows=self.batch_rows,
+            inputs=inputs,
+            name=str(self.checkpoint.folder),
+            vocab_size=vocab_size,
+            label=f"reading with {part}",
+        )
         with progress.bar(f"measuring {part}", len(todo), "layer") as shown:
             for i in progress.ticking(todo, shown):
                 layer = recording.layer(i)

@@ -44,10 +44,10 @@ def record_model(
 ) -> Recording:
     """The recording of `model` on rows of tokens, int32 [N, S], in the folder `out`.
 
-    TopK layers keep their survivors, others the k values a token of largest magnitude (all for
-    None). site: as in `points_of`. One that was stopped goes on, one that is finished is taken as it is; `inputs` tells
-    whether it is of the same model and text. name: of the model, for the files; label: of the
-    progress bar.
+    TopK layers keep their survivors, others the k values a token of largest magnitude, all where
+    k is None. One that was stopped goes on, one that is finished is taken as it is; `inputs`
+    tells whether it is of the same model and text. site: as in `points_of`. name: of the model,
+    for the files; label: of the progress bar.
     """
     points = points_of(model, layers, k, site)
     with progress.bar(label, tokens.size, "tok") as shown:

@@ -1,0 +1,249 @@
+"""An analysis through the program: against the plain dense computation, stopped, and refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from apps.topk import analyze, cli
+from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+from apps.topk.neurons import analysis as analysis_module
+from apps.topk.neurons import folder
+from lingua_topk.analysis.neurons import entropy
+from lingua_topk.analysis.recording import open_recording
+from tests.apps.real_text import SEQ_LEN, train_on, write_stories
+
+FEW = ["--tokens", "3000", "--min_words", "3", "--contexts", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The dump_dirs of a TopK run and its twin."""
+    root = write_stories(tmp_path_factory.mktemp("analyze"))
+    for name, overrides in {"topk": [], "twin": ["model.topk=null"]}.items():
+        train_on(root, root / name, "steps=30", *overrides)
+    return root
+
+
+@pytest.fixture(scope="module")
+def analysed(runs):
+    """A whole analysis with the twin."""
+    out = runs / "analysed"
+    analyze.main(["--ckpt", str(runs / "topk"), "--twin", str(runs / "twin"), *FEW,
+                  "--out", str(out)])  # fmt: skip
+    return out
+
+
+def mistake(capsys, *argv) -> str:
+    """The one line that a call ends with."""
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: analyze.main([str(one) for one in argv]))
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said[-1].startswith("error: ")
+    return said[-1]
+
+
+def dense_outputs(runs, name, tokens):
+    """What each block of a run gives on the rows, float32 [N * S, D] by layer, by hooks."""
+    checkpoint = open_checkpoint(checkpoint_folder(str(runs / name)))
+    model = checkpoint.model("cpu", torch.float32)
+    found: dict[int, torch.Tensor] = {}
+    for i, block in enumerate(model.layers):
+        block.register_forward_hook(lambda _, __, y, i=i: found.update({i: y}))
+    with torch.inference_mode():
+        model(torch.from_numpy(tokens).long())
+    return {i: y.flatten(0, 1).numpy() for i, y in found.items()}, model
+
+
+def test_the_measures_are_those_of_the_dense_computation(runs, analysed):
+    recording = open_recording(analysed / "model" / "recording")
+    tokens = recording.tokens
+    outputs, model = dense_outputs(runs, "topk", tokens)
+    vocab_size, flat = model.output.weight.shape[0], tokens.reshape(-1)
+    by_layer = {one.index: one for one in folder.read_layers(analysed / "model")}
+    assert list(by_layer) == [0, 1, 2]
+    for i in (0, 1):  # with TopK: every value that is not 0
+        arrays, y = by_layer[i].arrays, outputs[i]
+        assert by_layer[i].is_topk and by_layer[i].kept == "survivors"
+        np.testing.assert_array_equal(arrays["counts"], (y != 0).sum(0))
+        np.testing.assert_allclose(arrays["firing_rate"], (y != 0).mean(0))
+        np.testing.assert_allclose(arrays["maximum"], np.abs(y).max(0), rtol=1e-5)
+        mass = np.stack([np.bincount(flat, np.abs(y[:, n]), vocab_size) for n in range(32)])
+        expected = [entropy(one) for one in mass]
+        np.testing.assert_allclose(arrays["token_entropy"], expected, atol=1e-5)
+        normalised = np.array(expected) / np.log2(vocab_size)
+        np.testing.assert_allclose(arrays["token_entropy_normalised"], normalised, atol=1e-5)
+
+
+def test_layers_without_topk_and_the_twin_keep_the_k_largest(runs, analysed):
+    tokens = open_recording(analysed / "model" / "recording").tokens
+    for part, run, layers in (("model", "topk", [2]), ("twin", "twin", [0, 1, 2])):
+        outputs, _ = dense_outputs(runs, run, tokens)
+        by_layer = {one.index: one for one in folder.read_layers(analysed / part)}
+        for i in layers:
+            assert not by_layer[i].is_topk and by_layer[i].kept == "the 4 largest by magnitude"
+            size = np.abs(outputs[i])
+            kept = size >= np.sort(size, axis=1)[:, -4:-3]
+            np.testing.assert_array_equal(by_layer[i].arrays["counts"], kept.sum(0))
+
+
+def test_the_control_is_the_same_firings_on_shuffled_tokens(analysed):
+    """Trained or not, the values alone say nothing of tokens: more entropy, up to log2 of their
+    number."""
+    for one in folder.read_layers(analysed / "model"):
+        arrays = one.arrays
+        fires = arrays["counts"] > 0
+        shuffled = arrays["shuffled_token_entropy"]
+        assert (np.isnan(shuffled) == ~fires).all()
+        assert (shuffled[fires] <= np.log2(arrays["counts"][fires]) + 1e-9).all()
+        often = arrays["counts"] > 200
+        assert np.median(shuffled[often] - arrays["token_entropy"][often]) > 0
+
+
+def test_the_random_weights_are_not_the_models_and_come_from_the_seed(analysed):
+    random = {one.index: one.arrays for one in folder.read_layers(analysed / "random")}
+    model = {one.index: one.arrays for one in folder.read_layers(analysed / "model")}
+    assert random.keys() == model.keys()
+    assert not np.array_equal(random[0]["counts"], model[0]["counts"])
+    assert not (analysed / "random" / "recording").exists()
+
+
+def test_contexts_hold_what_the_recording_says(analysed):
+    recording = open_recording(analysed / "model" / "recording")
+    arrays = folder.read_layers(analysed / "model")[0].arrays
+    neuron = int(np.argmax(arrays["counts"]))
+    places, values = recording.layer(0).neuron(neuron)
+    row, position = (int(arrays[f"context_{name}"][neuron, 0]) for name in ("rows", "positions"))
+    peak = values[places == row * SEQ_LEN + position]
+    assert abs(peak[0]) == pytest.approx(arrays["maximum"][neuron])
+    start = arrays["context_starts"][neuron, 0]
+    assert arrays["context_values"][neuron, 0, position - start] == peak[0]
+
+
+def test_it_says_what_it_was_made_from(analysed, runs):
+    content = folder.read_analysis(analysed)
+    assert content["parts"] == ["model", "random", "twin"]
+    assert content["corpus"]["tokens"] == 3000 // SEQ_LEN * SEQ_LEN
+    assert content["corpus"]["sources"]["text"] > 0
+    assert "circular" in content["vectors"]
+    assert content["settings"]["threshold"] == 0.5
+    assert content["checkpoint"]["topk"]["k"] == 4
+    compared = json.loads((analysed / "comparison.json").read_text())
+    assert compared
+    assert (analysed / "comparison.md").is_file() and (analysed / "entropy.svg").is_file()
+
+
+def test_a_second_run_works_on_nothing(analysed, runs, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in analysed.rglob("*.safetensors")}
+    monkeypatch.setattr(analysis_module, "measure_layer", None)
+    analyze.main(["--ckpt", str(runs / "topk"), "--twin", str(runs / "twin"), *FEW,
+                  "--out", str(analysed)])  # fmt: skip
+    assert before == {path: path.stat().st_mtime_ns for path in analysed.rglob("*.safetensors")}
+
+
+def test_a_run_that_was_stopped_goes_on(analysed, runs, tmp_path, monkeypatch):
+    argv = ["--ckpt", str(runs / "topk"), "--twin", str(runs / "twin"), *FEW,
+            "--out", str(tmp_path / "out")]  # fmt: skip
+    measured = []
+
+    def stops(layer, *rest):
+        if len(measured) == 4:  # the model's three, and one of the random weights
+            raise KeyboardInterrupt
+        measured.append(layer.index)
+        return analyse(layer, *rest)
+
+    analyse = analysis_module.measure_layer
+    monkeypatch.setattr(analysis_module, "measure_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        analyze.main(argv)
+    assert not (tmp_path / "out" / folder.DONE_NAME).exists()
+    measured.clear()
+    monkeypatch.setattr(
+        analysis_module, "measure_layer", lambda *a: measured.append(1) or analyse(*a)
+    )
+    analyze.main(argv)
+    assert len(measured) == 5
+    for path in analysed.rglob("layers/*.safetensors"):
+        ours, theirs = (load_file(one / path.relative_to(analysed))
+                        for one in (tmp_path / "out", analysed))  # fmt: skip
+        assert ours.keys() == theirs.keys()
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name])
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--tokens", "50"], r"tokens=50 is too few: give at least 768"),
+        (["--layers", "0,9"], r"layers='0,9' is not allowed: give numbers from 0 to 2"),
+        (["--k", "-2"], r"k=-2 is not allowed"),
+        (["--threshold", "1"], r"threshold=1.0 is not allowed"),
+        (["--min_words", "1"], r"min_words=1 is too small"),
+        (["--max_words", "2"], r"max_words=2 is less than min_words=10"),
+        (["--row_length", "1000"], r"row_length=1000 is not allowed: give 2 to 96"),
+        (["--data", "nowhere"], r"nowhere is neither a file nor a folder"),
+        (["--vectors", "nowhere"], r"vectors='nowhere' is not there"),
+        (["--dtype", "int8"], r"dtype='int8' is not known"),
+        (["--device", "tpu"], r"device='tpu' is not known"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_named_and_nothing_is_written(runs, tmp_path, capsys, argv, said):
+    import re
+
+    out = tmp_path / "out"
+    line = mistake(capsys, "--ckpt", runs / "topk", "--out", out, *argv)
+    assert re.search(said, line), line
+    assert not (out / folder.DONE_NAME).exists()
+
+
+def test_a_small_or_empty_corpus_is_refused(runs, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("Anna found the letter.\n")
+    line = mistake(capsys, "--ckpt", runs / "topk", "--data", short, "--out", tmp_path / "out")
+    assert "has 0 rows of 96 tokens: neurons need at least 8" in line
+    short.write_text("")
+    line = mistake(capsys, "--ckpt", runs / "topk", "--data", short, "--out", tmp_path / "out")
+    assert "holds no document" in line
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path, capsys):
+    copied = shutil.copytree(runs / "topk", tmp_path / "run")
+    params = checkpoint_folder(str(copied)) / "params.json"
+    other = tmp_path / "other.model"
+    other.write_bytes((runs / "tokenizer.model").read_bytes() + b"\0")
+    content = json.loads(params.read_text())
+    content["data"]["tokenizer"]["path"] = str(other)
+    params.write_text(json.dumps(content))
+    line = mistake(capsys, "--ckpt", params.parent, "--out", tmp_path / "out", *FEW)
+    assert "is another one than the model was trained with" in line or "damaged" in line
+
+
+def test_a_twin_of_another_kind_is_refused(runs, tmp_path, capsys):
+    line = mistake(capsys, "--ckpt", runs / "topk", "--twin", runs / "topk", *FEW,
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert "has TopK itself" in line
+
+
+def test_other_settings_need_another_folder(runs, analysed, capsys):
+    line = mistake(capsys, "--ckpt", runs / "topk", "--out", analysed, *FEW)
+    assert "holds an analysis with another twin" in line
+
+
+def test_a_folder_of_something_else_is_left_alone(runs, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    line = mistake(capsys, "--ckpt", runs / "topk", "--out", tmp_path, *FEW)
+    assert "is there and is no analysis" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_recording_is_named(runs, analysed, tmp_path, capsys):
+    copied = shutil.copytree(analysed, tmp_path / "copied")
+    split = next((copied / "model" / "recording" / "layers.1").glob("*.safetensors"))
+    split.write_bytes(split.read_bytes()[:-100])
+    line = mistake(capsys, "--ckpt", runs / "topk", "--twin", runs / "twin", "--out", copied, *FEW)
+    assert "damaged" in line or "cut short" in line, line
