@@ -254,8 +254,11 @@ def test_ci_runs_the_test_command_and_passes_its_status_on(tmp_path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     executable(tmp_path / "setup.sh", '#!/usr/bin/env bash\necho "$PWD $*"\nexit 5\n')
+    (tmp_path / "bin").mkdir()
+    executable(tmp_path / "bin" / "chromium", "#!/bin/sh\n")  # or it would install a browser
     result = subprocess.run(
-        ["bash", tmp_path / ".ci" / "run"], cwd="/", capture_output=True, text=True
-    )
+        ["bash", tmp_path / ".ci" / "run"], cwd="/", capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+    )  # fmt: skip
     assert result.stdout.split() == [str(tmp_path), "test"]
     assert result.returncode == 5

@@ -50,8 +50,9 @@ def measure(
     Time: a model with D=1024, 8 layers, k=64 and random weights, all layers recorded (of the two
     without TopK the 64 largest values), in turns with the plain pass in one process; the median
     of the ratios of neighbours, after one turn that is not counted, on the wall's clock and in
-    the CPUs' seconds. Sorting at the end is named apart. Memory: one point with 64 survivors a token, without a model, in a process of its own;
-    the largest resident set that the system noted.
+    the CPUs' seconds. Sorting at the end is named apart. Memory: one point with 64 survivors a
+    token, without a model, in a process of its own; the largest resident set that the system
+    noted.
 
     Args:
         repeats: how often time is measured.
