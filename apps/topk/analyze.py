@@ -49,6 +49,7 @@ def analyze(
     dtype: str = "fp32",
     device: str = "",
     batch_tokens: int = 4096,
+    quiet: bool = False,
 ) -> None:
     """Read the neurons of a checkpoint: what they fire on, and how that compares with controls.
 
@@ -92,6 +93,7 @@ def analyze(
         dtype: what the model computes in: fp64, fp32, bf16 or fp16.
         device: cpu or cuda; by default cuda where there is one.
         batch_tokens: tokens that the model reads at once.
+        quiet: print what the comparison comes to, not its tables.
 
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
     that cannot be used, DataError for text or vectors that cannot.
@@ -111,8 +113,12 @@ def analyze(
         batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
         out=Path(out).expanduser() if out else _default_out(checkpoint),
     )  # fmt: skip
-    for table in tables(analysis.run()):
-        Console().print(table)
+    compared = analysis.run()
+    if quiet:
+        print("\n".join(compared["conclusion"]))
+    else:
+        for table in tables(compared):
+            Console().print(table)
     print(f"written: {analysis.out} (python -m apps.topk.report makes a page of it)")
 
 

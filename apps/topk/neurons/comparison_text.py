@@ -49,11 +49,12 @@ LEGEND = """\
 without TopK, the same layers of it. **random weights**: the model's architecture before any \
 training. **shuffled**: the model's own values, put at places of the text drawn at random; how \
 often and how strongly a neuron fires stays, what it fires on is lost.
-- **token entropy**: over how many tokens of the vocabulary a neuron's |value| spreads, in bits: 0 \
-for one token, log2 n for n tokens evenly. **by count**: the same of how often it fires. \
-**semantic entropy**: how unlike the words are on which it fires most, by the cosine similarities \
-of their vectors, in bits. **MonoScore**: how alike they are, weighted by its values; higher means \
-more alike. **firing rate**: share of the tokens on which it fires, of all neurons, dead ones too.
+- **token entropy**: over how many tokens of the vocabulary a neuron's |value| spreads, in bits: \
+0 for one token, log2 n for n tokens evenly. **by count**: the same of how often it fires. \
+**semantic entropy**: how much the cosine similarities differ among the pairs of words on which \
+it fires most, in bits; low where all pairs are alike to the same degree, which words at random \
+can be. **MonoScore**: how alike they are, weighted by its values; higher means more alike. \
+**firing rate**: share of the tokens on which it fires, of all neurons, dead ones too.
 - **scored, dead, too few**: neurons with a value; neurons that never fired; neurons that fired \
 and have none, such as those with too few words for a semantic entropy.
 - **median (quartiles)**: of the scored neurons.
@@ -87,6 +88,7 @@ def conclusion(content: Mapping[str, Any]) -> list[str]:
     if RANDOM in content["parts"]:
         found.append(_matched_line(content, "token_entropy", RANDOM))
     found.append(_matched_line(content, "token_entropy", SHUFFLED))
+    found.append(_semantic_control(content))
     found.append(_firing_line(content))
     return found
 
@@ -145,6 +147,20 @@ def _matched_line(content: Mapping[str, Any], measure: str, other: str) -> str:
     return _sentence(
         f"{how}TopK layers taken together have not been found to have {hoped} {than}: {numbers};"
         f" the interval includes 0 (it lies on that side{where or ' in no layer'})."
+    )
+
+
+def _semantic_control(content: Mapping[str, Any]) -> str:
+    """Semantic entropy against the shuffle, and what it means where words at random have less."""
+    line = _matched_line(content, "semantic_entropy", SHUFFLED)
+    found = content["pooled"]["measures"]["semantic_entropy"]["matched"][SHUFFLED]
+    if found is None or found["median_difference"] is None:
+        return line
+    if _side(found["median_difference"]) != "higher":
+        return line
+    return (
+        f"{line} So words at random have the lowest here: their similarities all lie close to one"
+        " another. A low semantic entropy does not show words of one meaning; MonoScore tells."
     )
 
 

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ._index import Reader
-
 MANIFEST_NAME = "manifest.json"
 _BLOCK = 1 << 22  # bytes
 
@@ -134,6 +132,8 @@ def _read_json(path: Path) -> Any:
 
 def _index_damage(folder: Path) -> str | None:
     """Whether a file that the index names is absent or too short."""
+    from ._index import Reader
+
     try:
         index = Reader(folder).read_metadata()
         ends: dict[str, int] = {}

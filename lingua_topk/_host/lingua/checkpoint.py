@@ -7,6 +7,9 @@
 A checkpoint is written into a hidden folder beside its place and renamed when all of
 it is there, and renamed back before it is deleted: a folder with a checkpoint's name is a
 whole checkpoint. Whether it still is when a run goes on from it, its manifest tells.
+
+torch.distributed.checkpoint is imported where it is used: it takes seconds, and programs that
+only read a config come by here too.
 """
 
 import json
@@ -17,30 +20,21 @@ import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lingua._index import Planner, Reader
 from lingua._manifest import MANIFEST_NAME, describe_checkpoint, find_damage, from_first
 from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +169,14 @@ def load_from_checkpoint(
     The optimizer keeps its own learning rate, weight decay and so on; what it gets is its
     memory of the parameters. Raises CheckpointError.
     """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_state_dict,
+    )
+
     ckpt_dir = Path(ckpt_dir)
     model_state = get_model_state_dict(model)
     check_fits(model_state, ckpt_dir, model_key)
@@ -193,13 +195,17 @@ def load_from_checkpoint(
         group.update(settings)
 
 
-def _tensor_entries(ckpt_dir: Path, model_key: str) -> dict[str, TensorStorageMetadata]:
+def _tensor_entries(ckpt_dir: Path, model_key: str) -> "dict[str, TensorStorageMetadata]":
     """What the checkpoint's index says of the model's tensors, by name."""
     if not (ckpt_dir / METADATA_NAME).is_file():
         raise CheckpointError(
             f"{ckpt_dir} is not a distributed checkpoint ({METADATA_NAME} not found): give a folder"
             f" such as dump_dir/checkpoints/0000001000, not its {CONSOLIDATE_FOLDER}/"
         )
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from lingua._index import Reader
+
     try:
         index = Reader(ckpt_dir).read_metadata().state_dict_metadata
     except Exception as error:  # it is a pickle: broken ones raise anything
@@ -230,6 +236,11 @@ def check_fits(model_state: dict, ckpt_dir: Path, model_key: str) -> None:
 
 
 def _dcp_load(state: dict, ckpt_dir: Path, no_dist: bool = False) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from lingua._index import Planner, Reader
+
     try:
         dcp.load(state, storage_reader=Reader(ckpt_dir), planner=Planner(), no_dist=no_dist)
     except CheckpointException as error:
@@ -305,6 +316,8 @@ class CheckpointManager:
         return None
 
     def get_state_dict(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         model_state, optim_state = get_state_dict(model, optimizer)
         return {"model": model_state, "optim": optim_state}
 
@@ -321,6 +334,8 @@ class CheckpointManager:
         An existing whole checkpoint of the same step is kept: the run that made it
         reached the same state.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
+
         rank, size = data_parallel_rank(device_mesh)
         folder = self.path / FOLDER_NAME.format(train_state.step)
         is_there = folder in self.existing_saves and _n_train_states(folder) == size
@@ -354,6 +369,8 @@ class CheckpointManager:
 
     def _write(self, partial: Path, model, optimizer, train_state, config, rank: int) -> None:
         """All files of a checkpoint, synced, the manifest last."""
+        import torch.distributed.checkpoint as dcp
+
         dcp.save(self.get_state_dict(model, optimizer), checkpoint_id=partial)
         if get_is_master():
             _write_json(partial / CONFIG_NAME, asdict(config))

@@ -1,14 +1,15 @@
-"""How a model is spread over processes: the mesh, FSDP2, recomputation, compilation."""
+"""How a model is spread over processes: the mesh, FSDP2, recomputation, compilation.
+
+What torch has for that is imported where it is used: it takes seconds, and programs that only
+read a config come by here too.
+"""
 
 import logging
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from lingua.errors import ConfigError
@@ -129,6 +130,8 @@ def parallelize_model(
 def _recompute_blocks(model: nn.Module, n_layers: int, no_recompute_ops) -> None:
     """One wrapper a block: what lives between blocks is kept, the rest follows the policy."""
 
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
     def contexts():
         return create_selective_checkpoint_contexts(get_default_policy(no_recompute_ops))
 
@@ -138,6 +141,8 @@ def _recompute_blocks(model: nn.Module, n_layers: int, no_recompute_ops) -> None
 
 
 def _shard(model, device_mesh, distributed_args, plan, n_layers) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     dtype = TORCH_DTYPES[distributed_args.model_dtype]
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -155,6 +160,8 @@ def _shard(model, device_mesh, distributed_args, plan, n_layers) -> None:
 @torch.no_grad()
 def check_model_value_range(model: nn.Module, range: float = 1e3, std: float = 1e3) -> None:
     """Warn of parameters and buffers that look uninitialised or out of proportion."""
+    from torch.distributed.tensor import DTensor
+
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         complaint = _complaint(local, range, std)

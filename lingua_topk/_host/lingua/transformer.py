@@ -1,5 +1,6 @@
 """The decoder's parts, with Lingua's parameter names, initialisation and RoPE convention."""
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -9,15 +10,27 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lingua.errors import ConfigError
 
-# torch.compile is lazy: nothing is compiled before the first call on CUDA.
-flex_attention_comp = torch.compile(flex_attention)
 # On the CPU it is left uncompiled on purpose: see _attend_flex.
 warnings.filterwarnings("ignore", message=r"flex_attention called without torch\.compile")
+
+
+@functools.cache
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_attention_comp(*args, **kwargs):
+    """flex_attention, compiled at the first call: torch.compile imports for seconds."""
+    if torch.compiler.is_compiling():  # then it becomes a part of what is being compiled
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(*args, **kwargs)
+    return _compiled_flex_attention()(*args, **kwargs)
 
 
 class InitStdFactor(Enum):
@@ -166,6 +179,8 @@ def init_trunc_normal(weight: Tensor, std: float, bound: float) -> None:
     depend on the seed alone and not on how many processes share the weight. (torch
     draws a DTensor that way on CUDA only.)
     """
+    from torch.distributed.tensor import DTensor, Replicate
+
     if not isinstance(weight, DTensor):
         nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-bound, b=bound)
         return
@@ -313,6 +328,8 @@ def _attend_sdpa(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
 
 
 def _attend_flex(xq: Tensor, xk: Tensor, xv: Tensor, mask) -> Tensor:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
     if not (mask is None or isinstance(mask, BlockMask)):
         raise TypeError(f"flex_attention takes a BlockMask as mask, not {_named(mask)}")
     # Compiling for the CPU costs more than it gives back; torch has no backward for it there.

@@ -23,7 +23,6 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from yaml import YAMLError
@@ -247,6 +246,8 @@ def build_model(args: TrainArgs, device: torch.device, device_mesh) -> nn.Module
 
 
 def _check_finite(model: nn.Module, folder: str) -> None:
+    from torch.distributed.tensor import DTensor
+
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
@@ -462,6 +463,8 @@ def _forward_backward(run: Run, batch) -> Tensor:
 
 def _optimizer_step(run: Run) -> float:
     """Clip, step, count. Returns the norm of the gradient before clipping."""
+    from torch.distributed.tensor import DTensor
+
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=run.args.optim.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     run.optimizer.step()

@@ -5,7 +5,6 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
 
 from lingua.errors import ConfigError
 from lingua.transformer import (
@@ -40,6 +39,8 @@ def create_causal_mask(seqlen: int, attn_impl: str, sliding_window: int | None, 
         distance = here[:, None] - here[None, :]  # [S, S]
         return (distance >= 0) & (distance < sliding_window)
     if attn_impl == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
         return create_block_mask(
             _windowed(sliding_window), None, None, seqlen, seqlen, device=device or "cpu"
         )
