@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed import TCPStore
 
 from lingua_topk.errors import ConfigError
 from lingua_topk.host import leave_copied_code
@@ -60,6 +59,8 @@ def _is_first_to_fail() -> bool:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
+    from torch.distributed import TCPStore  # not every program needs torch
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))

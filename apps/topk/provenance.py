@@ -9,8 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lingua_topk
 from lingua_topk import host
 
@@ -19,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def provenance(**fields: Any) -> dict[str, Any]:
     """Versions, commit, host and time, with `fields` added."""
+    import torch  # programs without models come by here too
+
     chosen = host.bound()
     return {
         "lingua_topk": lingua_topk.__version__,

@@ -3,7 +3,8 @@
 Prepares the documentation of the Python that runs, trains both models from
 configs/quickstart.yaml, both at the same time, evaluates them on the documents that
 were held out (perplexity, and tasks in the manner of WikiText, LAMBADA and HellaSwag that are
-made of them) and compares the two. What is there from an earlier run is used.
+made of them), compares the two, and reads the neurons of both into a report. What is there from
+an earlier run is used.
 """
 
 import sys
@@ -16,12 +17,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from apps.topk import cli, side_by_side, train
+from apps.topk.analyze import FOLDER as NEURONS
+from apps.topk.analyze import analyze
 from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.comparison import compare
 from apps.topk.corpus.python_docs import PythonDocs
 from apps.topk.model import TopKTrainArgs
+from apps.topk.neurons import folder as neuron_files
+from apps.topk.neurons.listing import describe
 from apps.topk.prepare import prepare
 from apps.topk.provenance import write_text
+from apps.topk.report import report
 from apps.topk.tasks import make_tasks
 from lingua.optim import build_lr_fn
 from lingua_topk.errors import ConfigError
@@ -34,6 +40,7 @@ DUMP_DIR = "dumps/quickstart"
 TASKS_FOLDER = "tasks"  # below data.root_dir
 MAX_ITEMS = 100  # a task
 TABLE = "table.md"
+REPORT = "report.html"
 # The twin differs from the TopK model in this and in nothing else.
 RUNS = {"topk": [], "vanilla": ["model.topk=null"]}
 
@@ -80,6 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(NEXT.format(root=Path.cwd(), python=python, config=CONFIG, dump_dir=dump_dir))
     for table in comparison.tables():
         Console().print(table)
+    _read_neurons(dump_dir)
+
+
+def _read_neurons(dump_dir: Path) -> None:
+    """What the neurons of both fire on, and the page that shows it."""
+    print("\nreading the neurons of both, and of controls", flush=True)
+    topk, twin = (str(dump_dir / name) for name in RUNS)
+    analyze(ckpt=topk, twin=twin, quiet=True)
+    layers = neuron_files.read_layers(dump_dir / "topk" / NEURONS / neuron_files.MODEL)
+    print(f"\n{describe(layers)}\n")
+    report(run=topk, out=str(dump_dir / REPORT))
 
 
 def _harness(args: TopKTrainArgs, root_dir: Path) -> list[str]:

@@ -74,16 +74,25 @@ class Table:
 
 
 @dataclass
-class NeuronTrace:
-    """One neuron over the checkpoints of its run: a line of `series` has a value a step.
+class Trace:
+    """Neurons over the checkpoints of their run, and over layers at its last.
 
-    NaN where it was not measured. `tokens`: the largest token ids at each step.
+    Attributes:
+        steps: of the C checkpoints.
+        annealed_at: the step from which on TopK is whole, None where it always was.
+        layers: by layer the arrays token_entropy, semantic_entropy, overlap [C, D] (of tokens,
+            with the neuron's final self), counts and, where there are, top_tokens [C, D, n];
+            settle_step [D], -1 for never.
+        pairs: [P, 2], two layers each.
+        shared: by name (overlap, correlation) [P, D]: what the neurons of the same index in the
+            two layers have in common, and as shifted_overlap and so on, [P, D], those of others.
     """
 
     steps: Sequence[int]
-    series: Mapping[str, Sequence[float]]
-    tokens: Sequence[Sequence[int]] = ()
-    settled: int | None = None
+    annealed_at: int | None
+    layers: Mapping[int, Mapping[str, np.ndarray]]
+    pairs: np.ndarray
+    shared: Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -112,6 +121,6 @@ class Report:
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     sentences: Sequence[str] = ()
-    traces: Mapping[tuple[int, int], NeuronTrace] = field(default_factory=dict)
+    trace: Trace | None = None
     strongest: int = 16
     n_contexts: int = 12

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from apps.topk import export as exporting
+from apps.topk import hf_folder
 from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.corpus.tokenizer import train_tokenizer
 from apps.topk.train import train
@@ -315,7 +316,7 @@ def test_nothing_is_left_of_an_export_that_fails(runs, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_file", full)
+    monkeypatch.setattr(hf_folder, "save_file", full)
     with pytest.raises(ConfigError, match="No space left"):
         run_export("--ckpt", runs["topk"][0], "--out", tmp_path / "hf", "--tokenizer", "false")
     assert not list(tmp_path.iterdir())

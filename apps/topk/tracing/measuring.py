@@ -35,8 +35,6 @@ def measure(recording: Recording, final: Recording, text: Text, settings: Settin
         last = final.layer(index)
         arrays["overlap"] = overlaps(layer, last, shares)
         arrays["shifted_overlap"] = overlaps(layer, last, shares, layer.width // 2)
-            "overlap": overlaps(layer, final.layer(index), shares)
-        }
         found |= {array_name(index, name): array for name, array in arrays.items()}
     return found
 
