@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
         argv = ["--help"]
-    rest, texts = _split_texts(argv)
+    rest, texts = flags.split_texts(argv, TEXT_FLAGS)
 
     @functools.wraps(generate)
     def command(**arguments: Any) -> None:
@@ -128,27 +128,6 @@ def generate(
             f"batch_tokens={batch_tokens} does not fit into the memory of {place}: give less, or"
             " a smaller --dtype"
         ) from None
-
-
-def _split_texts(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The other arguments, and the values of those flags that may hold any text, by name."""
-    rest, texts = [], {}
-    todo = list(argv)
-    while todo:
-        argument = todo.pop(0)
-        name, equals, value = argument[2:].partition("=")
-        if not argument.startswith("--") or name not in TEXT_FLAGS:
-            rest.append(argument)
-            # The value of another flag is not looked into.
-            if argument.startswith("--") and not equals and todo and not todo[0].startswith("--"):
-                rest.append(todo.pop(0))
-            continue
-        if not equals:
-            if not todo or todo[0].startswith("--"):
-                raise ConfigError(f"--{name} needs a value: write --{name} TEXT, or --{name}=TEXT")
-            value = todo.pop(0)
-        texts.setdefault(name, []).append(value)
-    return rest, texts
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:

@@ -165,9 +165,7 @@ def _chunks(report: Report) -> Iterator[tuple[str, str]]:
 def _table(report: Report) -> str:
     """The table of neurons, those of all layers in turn, and the vocabulary."""
     layers = report.layers
-    arrays = {
-        name: np.concatenate([_measure(layer, name) for layer in layers]) for name in COLUMNS
-    }
+    arrays = {name: np.concatenate([_measure(layer, name) for layer in layers]) for name in COLUMNS}
     arrays["dead"] = np.concatenate([layer.arrays["counts"] == 0 for layer in layers]).astype("u1")
     tokens = [_columns(layer.arrays.get("top_tokens"), layer.width, -1) for layer in layers]
     arrays["tops"] = np.concatenate([one[:, :TABLE_TOKENS] for one in _equally_wide(tokens)])

@@ -60,6 +60,33 @@ def call(
     return results[0]
 
 
+def split_texts(
+    argv: Sequence[str], names: Sequence[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The other arguments, and the values of the flags `names`, by name.
+
+    Those may hold any text and may be given several times; their values are taken as they are.
+    ConfigError for one without a value.
+    """
+    rest, texts = [], {}
+    todo = list(argv)
+    while todo:
+        argument = todo.pop(0)
+        name, equals, value = argument[2:].partition("=")
+        if not argument.startswith("--") or name not in names:
+            rest.append(argument)
+            # The value of another flag is not looked into.
+            if argument.startswith("--") and not equals and todo and not todo[0].startswith("--"):
+                rest.append(todo.pop(0))
+            continue
+        if not equals:
+            if not todo or todo[0].startswith("--"):
+                raise ConfigError(f"--{name} needs a value: write --{name} TEXT, or --{name}=TEXT")
+            value = todo.pop(0)
+        texts.setdefault(name, []).append(value)
+    return rest, texts
+
+
 def help_text(function: Callable[..., Any], program: str, example: str) -> str:
     """Usage, what the function's docstring says, and every flag with its default."""
     width = min(shutil.get_terminal_size().columns, 100)

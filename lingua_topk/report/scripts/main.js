@@ -25,7 +25,7 @@ async function go() {
   for (const name of Object.keys(VIEWS)) byId(`view-${name}`).hidden = name !== next.view;
   for (const link of document.querySelectorAll("header nav a")) {
     const isHere = link.hash === `#${PARENTS[next.view] ?? next.view}`;
-    if (isHere) link.ariaCurrent = "page";
+    if (isHere) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   arrive(before, next);

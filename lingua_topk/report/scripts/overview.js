@@ -59,6 +59,6 @@ function startList(chosen, title, value, written) {
   if (!best.length) return null;
   const lines = best.map((n) =>
     element("li", {}, neuronLink(n), element("span", { class: "number" }, written(value(n))),
-      wordList(table.words[n], 5)));
+      wordsOrTokens(n, 5)));
   return element("div", {}, element("h3", {}, title), element("ol", { class: "starts" }, ...lines));
 }

@@ -31,7 +31,7 @@ function short(value) {
 
 function percent(share) {
   if (share == null || Number.isNaN(share)) return NONE;
-  return `${short(100 * share)}%`;
+  return `${share < 0.01 ? Number((100 * share).toPrecision(2)) : short(100 * share)}%`;
 }
 
 function grouped(number) {

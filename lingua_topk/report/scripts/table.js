@@ -4,18 +4,18 @@ const COLUMNS = [
   { name: "neuron", title: "Neuron", value: (n) => n, first: 1 },
   { name: "layer", title: "Layer", value: (n) => layerOf(n).index, first: 1,
     shown: (n) => String(layerOf(n).index) },
-  { name: "rate", title: "Firing rate", value: (n) => table.firing_rate[n], first: -1,
+  { name: "rate", title: "Firing rate", brief: "rate", value: (n) => table.firing_rate[n], first: -1,
     shown: (n) => percent(table.firing_rate[n]) },
   { name: "maximum", title: "Max", value: (n) => table.maximum[n], first: -1,
     shown: (n) => short(table.maximum[n]) },
-  { name: "token", title: "Token entropy", value: (n) => table.token_entropy[n], first: 1,
+  { name: "token", title: "Token entropy", brief: "token H", value: (n) => table.token_entropy[n], first: 1,
     shown: (n) => fixed(table.token_entropy[n], 2) },
   { name: "less", title: "Minus shuffled", first: 1,
     value: (n) => table.token_entropy[n] - table.shuffled_token_entropy[n],
     shown: (n) => fixed(table.token_entropy[n] - table.shuffled_token_entropy[n], 2) },
-  { name: "semantic", title: "Semantic entropy", value: (n) => table.semantic_entropy[n], first: 1,
+  { name: "semantic", title: "Semantic entropy", brief: "semantic", value: (n) => table.semantic_entropy[n], first: 1,
     shown: (n) => fixed(table.semantic_entropy[n], 2) },
-  { name: "mono", title: "MonoScore", value: (n) => table.mono_score[n], first: -1,
+  { name: "mono", title: "MonoScore", brief: "mono", value: (n) => table.mono_score[n], first: -1,
     shown: (n) => fixed(table.mono_score[n], 3) },
   { name: "words", title: "Words" },
 ];
@@ -81,7 +81,7 @@ function chooseNeurons() {
   byId("count").textContent = `${grouped(found.length)} of ${grouped(nNeurons)}`;
   for (const cell of byId("grid-head").children) {
     const isSorted = cell.dataset.column === grid.sort.name;
-    if (isSorted) cell.ariaSort = grid.sort.direction > 0 ? "ascending" : "descending";
+    if (isSorted) cell.setAttribute("aria-sort", grid.sort.direction > 0 ? "ascending" : "descending");
     else cell.removeAttribute("aria-sort");
   }
   drawRows();
@@ -147,7 +147,7 @@ function rowCell(column, number) {
   else if (column.name === "words") cell.append(wordsOrTokens(number));
   else {
     cell.append(
-      element("span", { class: "label", "aria-hidden": "true" }, column.title),
+      element("span", { class: "label", "aria-hidden": "true" }, column.brief ?? column.title),
       column.shown(number),
     );
   }
@@ -155,9 +155,9 @@ function rowCell(column, number) {
 }
 
 /** The words; top tokens where there are no words. */
-function wordsOrTokens(number) {
+function wordsOrTokens(number, most) {
   if (table.dead[number]) return element("span", { class: "quiet" }, "never fired");
-  if (table.words[number].length) return wordList(table.words[number]);
+  if (table.words[number].length) return wordList(table.words[number], most);
   const tops = [...rowOf(table.tops, number)].filter((token) => token >= 0);
   return element("span", { class: "words" }, ...tops.map(tokenChip));
 }

@@ -160,7 +160,7 @@ function choose(position) {
   before?.removeAttribute("aria-selected");
   before?.setAttribute("tabindex", "-1");
   reading.position = position;
-  reading.tokens[position].ariaSelected = "true";
+  reading.tokens[position].setAttribute("aria-selected", "true");
   reading.tokens[position].setAttribute("tabindex", "0");
   listFirings();
 }
@@ -209,8 +209,8 @@ function firing(number, value, share) {
 /** Colour every token by what one neuron does there; once more takes the colours off. */
 function paint(number, button) {
   reading.coloured = number === reading.coloured ? -1 : number;
-  for (const other of byId("firings").querySelectorAll(".paint")) other.ariaPressed = "false";
-  button.ariaPressed = String(reading.coloured >= 0);
+  for (const other of byId("firings").querySelectorAll(".paint")) other.setAttribute("aria-pressed", "false");
+  button.setAttribute("aria-pressed", String(reading.coloured >= 0));
   const layer = layerOf(number);
   const isOn = reading.coloured >= 0;
   const values = reading.tokens.map((_, i) =>
