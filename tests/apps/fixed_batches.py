@@ -1,6 +1,6 @@
 """Trains with the global batches of a fixed stream, whatever the number of processes.
 
-    [torchrun --nproc-per-node N -m] tests.apps.fixed_batches ROOT OUT
+    torchrun --nproc-per-node N -m tests.apps.fixed_batches ROOT OUT
 
 The loader's own order depends on the number of processes; here process r of n gets rows
 r * B / n and on of batch number t. Writes the losses and the final weights of every case
@@ -45,8 +45,7 @@ def fixed_stream(rank, size, micro_batches):
         t += 1
 
 
-def main():
-    root, out = map(Path, sys.argv[1:])
+def train_all(root, out):
     rank, size = get_global_rank(), get_world_size()
     for case, overrides in CASES.items():
         args = train_args(root, out / f"{case}.{size}", *COMMON, *overrides)
@@ -79,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    train_all(*map(Path, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """lm-eval's tasks within an evaluation: files, what a killed one repeats, what is refused."""
 
+import functools
 import json
 import os
 import shutil
@@ -36,6 +37,28 @@ doc_to_target: answer
 generation_kwargs: {{until: ["."], max_gen_toks: 12, {sampling}}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """The 14,000 files of tasks that lm-eval brings, not again for every folder of ours, and what
+    it notes of this machine (pip's list, among others), not again for every task.
+    """
+    from lm_eval.loggers import utils
+    from lm_eval.tasks import _index, manager
+
+    own, build = Path(manager.__file__).parent, _index.TaskIndex.build
+    own_tasks = functools.cache(lambda: build([own]))
+
+    def build_once(paths):
+        others = [path for path in paths if path != own]
+        found = build(others)
+        return {**own_tasks(), **found} if len(others) < len(paths) else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index.TaskIndex, "build", staticmethod(build_once))
+        patch.setattr(utils, "get_pretty_env_info", functools.cache(utils.get_pretty_env_info))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -463,19 +486,19 @@ SHARED = ["held_continuation", "held_last_word", "held_rolling", "finish", "draw
 def test_two_processes_and_one_agree(checkpoint, task_folder, tmp_path, dtype, tolerance):
     (tmp_path / "empty.yaml").write_text("{}")
     command = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "apps.topk.eval", f"config={tmp_path / 'empty.yaml'}", f"ckpt_dir={checkpoint}",
         f"dtype={dtype}", f"harness.include_path={task_folder}",
         f"harness.tasks=[{','.join(SHARED)}]", "harness.bootstrap_iters=0",
-        "harness.batch_tokens=512",
+        "harness.batch_tokens=512", f"dump_dir={tmp_path / '2'}",
     ]  # fmt: skip
-    launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
-    for size, launcher in launchers.items():
-        done = subprocess.run(
-            [sys.executable, *launcher, *command, f"dump_dir={tmp_path / str(size)}"],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    settings = harness(task_folder, SHARED, batch_tokens=512)
+    evaluate(checkpoint, tmp_path / "1", dtype=dtype, harness=settings)
     one, two = (read(tmp_path / str(size) / "results.json") for size in (1, 2))
     for task in SHARED:
         for here, there in zip(one["samples"][task], two["samples"][task], strict=True):

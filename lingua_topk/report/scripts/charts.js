@@ -38,12 +38,12 @@ function histogram(counts, largest) {
 
 /** A line of values over steps; gaps where there is none. `mark`: a step to point out. */
 function sparkline(steps, values, { low = 0, high, label, mark }) {
-  const [width, height] = [320, 70];
+  const [width, height, above] = [320, 76, 14];
   const known = [...values].filter((value) => !Number.isNaN(value));
   const top = high ?? Math.max(...known, 1e-9);
   const span = Math.max(steps.at(-1) - steps[0], 1);
   const x = (step) => ((step - steps[0]) / span) * (width - 8) + 4;
-  const y = (value) => height - 4 - ((value - low) / (top - low)) * (height - 8);
+  const y = (value) => height - 4 - ((value - low) / (top - low)) * (height - 4 - above);
   const figure = drawn("svg", {
     class: "sparkline", viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": label,
   });

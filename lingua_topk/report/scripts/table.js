@@ -8,7 +8,7 @@ const COLUMNS = [
     shown: (n) => percent(table.firing_rate[n]) },
   { name: "maximum", title: "Max", value: (n) => table.maximum[n], first: -1,
     shown: (n) => short(table.maximum[n]) },
-  { name: "token", title: "Token entropy", brief: "token H", value: (n) => table.token_entropy[n], first: 1,
+  { name: "token", title: "Token entropy", brief: "token", value: (n) => table.token_entropy[n], first: 1,
     shown: (n) => fixed(table.token_entropy[n], 2) },
   { name: "less", title: "Minus shuffled", first: 1,
     value: (n) => table.token_entropy[n] - table.shuffled_token_entropy[n],

@@ -64,7 +64,8 @@ function tokenAt(i, character) {
 // One text --------------------------------------------------------------------------------
 
 async function showTextPage(place) {
-  const [index, position] = place.split(":").map(Number);
+  const found = /^(\d+)(?::(\d+))?$/.exec(place);
+  const [index, position] = found ? [Number(found[1]), Number(found[2] ?? 0)] : [-1, 0];
   if (!meta.texts[index]) {
     byId("view-text").replaceChildren(heading(`There is no text ${place}`), textsLink());
     return;
@@ -76,7 +77,7 @@ async function showTextPage(place) {
   }
   document.title = `${visible(meta.texts[index].name)} · ${meta.title}`;
   const last = library.texts[index].ids.length - 1;
-  choose(Math.max(Math.min(position || 0, last), 0));
+  choose(Math.min(position, last));
 }
 
 function textsLink() {
