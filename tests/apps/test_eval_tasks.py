@@ -44,8 +44,8 @@ def read_once():
     """The 14,000 files of tasks that lm-eval brings, not again for every folder of ours, and what
     it notes of this machine (pip's list, among others), not again for every task.
     """
-    from lm_eval.loggers import utils
     from lm_eval.tasks import _index, manager
+    from torch.utils import collect_env
 
     own, build = Path(manager.__file__).parent, _index.TaskIndex.build
     own_tasks = functools.cache(lambda: build([own]))
@@ -57,7 +57,8 @@ def read_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_index.TaskIndex, "build", staticmethod(build_once))
-        patch.setattr(utils, "get_pretty_env_info", functools.cache(utils.get_pretty_env_info))
+        once = functools.cache(collect_env.get_pretty_env_info)
+        patch.setattr(collect_env, "get_pretty_env_info", once)
         yield
 
 

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from apps.topk.neurons.folder import read_layers
+from lingua_topk.report.page import MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -51,6 +55,23 @@ def test_it_ends_with_the_table(first):
     assert "What to try next" in done.stdout
     written = (folder / "dumps/table.md").read_text(encoding="utf-8")
     assert "python_docs_last_word" in written and (folder / "dumps/table.csv").is_file()
+
+
+@pytest.mark.slow
+def test_it_ends_with_the_report_and_a_few_neurons(first):
+    folder, done = first
+    end = done.stdout[done.stdout.index("reading the neurons") :]
+    shown = end[end.index("neurons with the lowest semantic entropy") :].splitlines()
+    lowest = [line.split() for line in shown[1:4]]
+    layers = read_layers(folder / "dumps/topk/neurons/model")
+    entropies = layers[0].arrays["semantic_entropy"]  # the one layer of three that has TopK
+    expected = sorted(entropies[np.isfinite(entropies)])[:3]
+    assert [float(words[1]) for words in lowest] == pytest.approx(expected, rel=1e-2)
+    layer, neuron = map(int, lowest[0][0].split(":"))
+    assert layer == 0 and lowest[0][3].rstrip(",") == layers[0].words[neuron][0][0]
+    assert shown[4].startswith("neurons with the highest MonoScore")
+    assert shown[-1].startswith(f"written: {folder}/dumps/report.html")
+    assert (folder / "dumps/report.html").read_text(encoding="utf-8").startswith(MARK)
 
 
 @pytest.mark.slow

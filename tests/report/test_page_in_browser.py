@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from apps.topk.neurons.page_data import read_page_data
-from lingua_topk.report.data import Firings, Text
+from lingua_topk.report.data import Firings, Layer, Report, Text
 from lingua_topk.report.page import page as written
 from tests.report import browser as browsers
 from tests.report import made_up
@@ -359,3 +359,21 @@ def test_a_browser_that_cannot_unpack_is_told_so(browser, file):
     tab.wait_for_selector("#problem:not([hidden])")
     assert "DecompressionStream" in tab.inner_text("#problem")
     context.close()
+
+
+def test_five_thousand_neurons_open(browser, tmp_path):
+    layers = [
+        Layer(i, True, "survivors", {"counts": np.ones(1000, np.int64)}, [[("word", 1.0)]] * 1000)
+        for i in range(5)
+    ]
+    path = tmp_path / "report.html"
+    report = Report("many", [], layers, [b"a"], np.zeros((1, 4), np.int32))
+    path.write_text(written(report), encoding="utf-8")
+    with opened(browser, path, "#neurons") as tab:
+        assert tab.inner_text("#count") == "5,000 of 5,000"
+        tab.focus("#grid")
+        tab.keyboard.press("End")
+        assert tab.locator("#grid-body .grid-row.active .neuron").inner_text() == "4:999"
+        assert tab.locator("#grid-body .grid-row").count() < 60
+        tab.keyboard.press("Enter")
+        tab.get_by_role("heading", name="Neuron 4:999").wait_for()
