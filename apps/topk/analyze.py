@@ -20,6 +20,8 @@ PROGRAM = "apps.topk.analyze"
 EXAMPLE = "--ckpt DUMP_DIR --twin TWIN_DUMP_DIR"
 FOLDER = "neurons"  # below the dump_dir
 DEFAULT_K = 64  # where no layer has TopK
+# What a twin has in common with the model.
+SHARED = ("dim", "n_layers", "vocab_size", "parameters", "max_seqlen", "steps", "step", "tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +46,6 @@ def analyze(
     max_words: int = 100,
     contexts: int = 8,
     context_tokens: int = 32,
-    random_weights: bool = True,
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "",
@@ -81,14 +82,13 @@ def analyze(
         k: values a token and layer that are kept where there is no TopK, those of largest
             magnitude; 0 for the model's own k (or 64), -1 for all.
         vectors: word vectors for semantic entropy and MonoScore: a word2vec or GloVe text file, or
-            the folder of a sentence-transformers model; by default the model's own embeddings,
-            which is circular.
+            the folder of a sentence-transformers model; by default the model's own embeddings of
+            words that are one token, which is circular.
         threshold: share of a neuron's largest |value| above which a word counts.
         min_words: words with a vector that a neuron needs for semantic entropy.
         max_words: the most of them that are taken.
         contexts: places of text that are kept a neuron.
         context_tokens: tokens around such a place.
-        random_weights: whether the architecture with random weights is measured too.
         seed: of the random weights and of the shuffling.
         dtype: what the model computes in: fp64, fp32, bf16 or fp16.
         device: cpu or cuda; by default cuda where there is one.
@@ -109,7 +109,7 @@ def analyze(
     analysis = Analysis(
         checkpoint=checkpoint, twin=twin_checkpoint, rows=rows, settings=settings,
         layers=_layers(layers, checkpoint.model_args.n_layers), k=_k(k, checkpoint),
-        vectors_from=vectors, random_weights=random_weights, device=place, dtype=dtype,
+        vectors_from=vectors, device=place, dtype=dtype,
         batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
         out=Path(out).expanduser() if out else _default_out(checkpoint),
     )  # fmt: skip
@@ -137,6 +137,8 @@ def _check(settings: Settings, dtype: str, batch_tokens: int, row_length: int, k
             f"max_words={settings.max_words} is less than min_words={settings.min_words}: give at"
             " least as many"
         )
+    if not 0 <= settings.seed < 2**63:
+        raise ConfigError(f"seed={settings.seed} is not allowed: give 0 to {2**63 - 1}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     if row_length < 0:
@@ -184,12 +186,15 @@ def _default_out(checkpoint: Checkpoint) -> Path:
 
 def check_twin(checkpoint: Checkpoint, twin: Checkpoint) -> None:
     """CheckpointError where the neurons of the two cannot be compared one layer with another."""
-    ours, theirs = checkpoint.describe(), twin.describe()
-    for name in ("dim", "n_layers", "vocab_size"):
+    ours, theirs = (
+        {**one.describe(), "step": one.step, "max_seqlen": one.model_args.max_seqlen}
+        for one in (checkpoint, twin)
+    )
+    for name in SHARED:
         if ours[name] != theirs[name]:
             raise CheckpointError(
                 f"twin={str(twin.folder)!r} has {name}={theirs[name]}, the model {ours[name]}: give"
-                " the run that was trained alike, without TopK"
+                " the run that was trained alike, without TopK, at the same step"
             )
     if ours["tokenizer"]["sha256"] != theirs["tokenizer"]["sha256"]:
         raise CheckpointError(

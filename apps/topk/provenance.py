@@ -1,9 +1,11 @@
 """What made a result: written beside it by every program."""
 
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,18 +19,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def provenance(**fields: Any) -> dict[str, Any]:
     """Versions, commit, host and time, with `fields` added."""
-    import torch  # programs without models come by here too
-
     chosen = host.bound()
     return {
         "lingua_topk": lingua_topk.__version__,
         "commit": _commit(),
         "host": chosen.describe() if chosen else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": _torch_version(),
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **fields,
     }
+
+
+def _torch_version() -> str | None:
+    """Without importing torch, which takes seconds; None for a build that is not installed."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].__version__
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

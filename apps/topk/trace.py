@@ -43,6 +43,9 @@ def trace(
     layers: str = "",
     k: int = 0,
     vectors: str = "",
+    threshold: float = Settings.threshold,
+    min_words: int = Settings.min_words,
+    max_words: int = Settings.max_words,
     settled: float = 0.5,
     as_trained: bool = True,
     dtype: str = "fp32",
@@ -83,6 +86,9 @@ def trace(
         vectors: word vectors for semantic entropy: a word2vec or GloVe text file, or the folder
             of a sentence-transformers model; by default the last checkpoint's own embeddings,
             which is circular.
+        threshold: share of a neuron's largest |value| above which a word counts.
+        min_words: words with a vector that a neuron needs for semantic entropy.
+        max_words: the most of them that are taken.
         settled: the overlap with the final self from which on a neuron counts as settled, above 0
             and at most 1.
         as_trained: use the alpha that training had reached.
@@ -93,7 +99,8 @@ def trace(
     Raises: ConfigError for an argument that is not allowed, CheckpointError for checkpoints
     that cannot be used, DataError for text or vectors that cannot.
     """
-    _check(settled, dtype, batch_tokens, row_length, k)
+    settings = Settings(threshold, min_words, max_words)
+    _check(settings, settled, dtype, batch_tokens, row_length, k)
     place = device_of(device)
     wanted = _neurons(neuron)
     checkpoints = checkpoints_of(ckpts)
@@ -105,7 +112,7 @@ def trace(
     rows = rows_of_corpus(last, _listed(data), tokens, row_length or None)
     topk = last.model_args.topk
     work = Work(
-        checkpoints=checkpoints, rows=rows, text=text_of(rows, last, vectors), settings=Settings(),
+        checkpoints=checkpoints, rows=rows, text=text_of(rows, last, vectors), settings=settings,
         recorder=Recorder(
             layers=chosen, k=k or (topk.k if topk else DEFAULT_K), as_trained=as_trained,
             dtype=dtype, device=place, batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
@@ -120,7 +127,20 @@ def trace(
     print(f"written: {folder} ({len(checkpoints)} checkpoints, {len(chosen)} layers)")
 
 
-def _check(settled: float, dtype: str, batch_tokens: int, row_length: int, k: int) -> None:
+def _check(
+    settings: Settings, settled: float, dtype: str, batch_tokens: int, row_length: int, k: int
+) -> None:
+    if not 0 <= settings.threshold < 1:
+        raise ConfigError(
+            f"threshold={settings.threshold} is not allowed: give at least 0 and less than 1"
+        )
+    if settings.min_words < 2:
+        raise ConfigError(f"min_words={settings.min_words} is too small: give at least 2")
+    if settings.max_words < settings.min_words:
+        raise ConfigError(
+            f"max_words={settings.max_words} is less than min_words={settings.min_words}: give at"
+            " least as many"
+        )
     if not 0 < settled <= 1:
         raise ConfigError(f"settled={settled} is not allowed: give a number above 0, at most 1")
     if dtype not in DTYPES:

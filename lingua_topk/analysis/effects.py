@@ -2,8 +2,10 @@
 
 Intervals are percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the
 Bootstrap, chapter 13): neurons, or pairs of neurons, are drawn again with replacement, and the
-interval is where the middle 95% of the results lie. They say what other neurons of the same two
-models would have given, not what other seeds of training would.
+interval is where the middle 95% of the results lie. The same index is the same feature in
+several layers, so where layers are put together an index is drawn with all that it has. They say
+what other neurons of the same two models would have given, not what other seeds of training
+would.
 """
 
 import heapq
@@ -78,22 +80,30 @@ def cliffs_delta(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def two_sample(
-    a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    groups_a: np.ndarray | None = None,
+    groups_b: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> TwoSample:
     """Difference of medians and Cliff's delta of two populations; both are drawn again.
 
     Args:
         a, b: float [n], [m]; NaN marks a neuron without a value, which is left out.
+        groups_a, groups_b: int [n], [m]; those of one group depend on each other and are drawn
+            together. None: each for itself.
     """
-    a, b = _with_value(a), _with_value(b)
+    (a, groups_a), (b, groups_b) = _with_value(a, groups_a), _with_value(b, groups_b)
     if min(len(a), len(b)) < MIN_ITEMS:
         return TwoSample(len(a), len(b), None, None)
     # Values are replaced by their places in one sorted list, resamples by how often each
     # place was drawn: then a cumulative sum is all that medians and ranks need.
     values, places = np.unique(np.concatenate([a, b]), return_inverse=True)
     draws = np.random.default_rng(seed)
-    of_a = _resampled(places[: len(a)], len(values), resamples, draws)
-    of_b = _resampled(places[len(a) :], len(values), resamples, draws)
+    of_a = _resampled(places[: len(a)], groups_a, len(values), resamples, draws)
+    of_b = _resampled(places[len(a) :], groups_b, len(values), resamples, draws)
     found = [
         (_medians(values, x) - _medians(values, y), _deltas(x, y))
         for x, y in zip(of_a, of_b, strict=True)
@@ -107,22 +117,32 @@ def two_sample(
     )
 
 
-def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Paired:
+def paired(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Paired:
     """Median of the differences a_i - b_i; pairs are drawn again.
 
     Args:
         a, b: float [p]; a pair in which one is NaN is left out.
+        groups: int [p]; pairs of one group are drawn together. None: each for itself.
     """
-    differences = _with_value(a - b)
+    differences, groups = _with_value(a - b, groups)
     n = len(differences)
     if n < MIN_ITEMS:
         return Paired(n, None, None, None)
     values, places = np.unique(differences, return_inverse=True)
     draws = np.random.default_rng(seed)
-    medians = [_medians(values, x) for x in _resampled(places, len(values), resamples, draws)]
+    resampled = _resampled(places, groups, len(values), resamples, draws)
     return Paired(
         n,
-        _estimate(float(np.median(differences)), np.concatenate(medians)),
+        _estimate(
+            float(np.median(differences)), np.concatenate([_medians(values, x) for x in resampled])
+        ),
         float((differences < 0).mean()),
         float((differences > 0).mean()),
     )
@@ -201,27 +221,42 @@ def _closest_first(
         offer(before, after)
 
 
-def _with_value(values: np.ndarray) -> np.ndarray:
+def _with_value(values: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Those that are not NaN, and their groups, int64 [n]; without any each is its own."""
     values = np.asarray(values, dtype=np.float64)
-    return values[~np.isnan(values)]
+    there = ~np.isnan(values)
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    return values[there], groups[there]
 
 
 def _resampled(
-    places: np.ndarray, n_values: int, resamples: int, draws: np.random.Generator
+    places: np.ndarray,
+    groups: np.ndarray,
+    n_values: int,
+    resamples: int,
+    draws: np.random.Generator,
 ) -> Iterator[np.ndarray]:
-    """How often each of the sorted values was drawn, int64 [r, n_values] for r resamples."""
-    n = len(places)
+    """How often each of the sorted values was drawn, int64 [r, n_values] for r resamples.
+
+    As many groups are drawn as there are, with replacement, each with all that is in it.
+    """
+    _, group = np.unique(groups, return_inverse=True)  # [n]
+    n_groups = int(group.max()) + 1
     at_once = max(AT_ONCE // n_values, 1)
     for start in range(0, resamples, at_once):
         r = min(at_once, resamples - start)
-        drawn = places[draws.integers(n, size=(r, n))] + np.arange(r)[:, None] * n_values
-        yield np.bincount(drawn.reshape(-1), minlength=r * n_values).reshape(r, n_values)
+        rows = np.arange(r)[:, None]
+        drawn = (draws.integers(n_groups, size=(r, n_groups)) + rows * n_groups).reshape(-1)
+        times = np.bincount(drawn, minlength=r * n_groups).reshape(r, n_groups)[:, group]  # [r, n]
+        keys = (places + rows * n_values).reshape(-1)
+        found = np.bincount(keys, times.reshape(-1), r * n_values)
+        yield found.reshape(r, n_values).astype(np.int64)
 
 
 def _medians(values: np.ndarray, times: np.ndarray) -> np.ndarray:
     """The median where values[i] (ascending) is there times[:, i] times, [r]."""
     until = np.cumsum(times, axis=1)
-    n = int(until[0, -1])
+    n = until[:, -1:]  # [r, 1]
     lower, upper = (np.argmax(until > k, axis=1) for k in ((n - 1) // 2, n // 2))
     return (values[lower] + values[upper]) / 2
 
@@ -229,7 +264,7 @@ def _medians(values: np.ndarray, times: np.ndarray) -> np.ndarray:
 def _deltas(times_a: np.ndarray, times_b: np.ndarray) -> np.ndarray:
     """Cliff's delta from how often each of the same ascending values is in a and in b, [r]."""
     until = np.cumsum(times_b, axis=1)
-    n_a, n_b = int(times_a[0].sum()), int(until[0, -1])
+    n_a, n_b = times_a.sum(axis=1), until[:, -1]  # [r]
     # Values of b below less values of b above, which is 2 until - times_b - n_b.
     ahead = np.einsum("ri,ri->r", times_a, 2 * until - times_b) - n_a * n_b
     return ahead / (n_a * n_b)

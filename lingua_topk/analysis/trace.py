@@ -16,6 +16,7 @@ NEVER = -1
 # A variance below this share of the mean square is what rounding leaves of a constant.
 LEAST_VARIANCE = 1e-12
 BLOCK_SURVIVORS = 2**22
+PIECE_PLACES = 2**16  # of a corpus, that several neurons are laid side by side at
 
 # The survivors of a neuron: places int64 [m], rising, and values float32 [m].
 Survivors = tuple[np.ndarray, np.ndarray]
@@ -152,22 +153,37 @@ def _overlaps_between(
     return np.stack([np.minimum(one, p).sum(axis=1) for one in p[:n_first]])
 
 
-def correlations(neurons: Sequence[Survivors], n_first: int, n_places: int) -> np.ndarray:
+def correlations(
+    neurons: Sequence[Survivors], n_first: int, n_places: int, piece: int = PIECE_PLACES
+) -> np.ndarray:
     """Pearson's r of each of the first `n_first` neurons with each of all, float64 [n_first, n].
 
-    Over all `n_places` places, with 0 where a neuron did not survive. Only the places where one
-    of them did are looked at: the others add nothing to sums and products. NaN where the
-    values of one neuron are constant.
+    Over all `n_places` places, with 0 where a neuron did not survive. They are read in pieces of
+    `piece` places, so memory does not grow with the corpus. NaN where the values of one neuron
+    are constant.
     """
-    x = _side_by_side(neurons)  # [n, m]
-    means = x.sum(axis=1) / n_places
-    squares = np.square(x).sum(axis=1) / n_places
-    variances = squares - means**2
-    variances[variances <= LEAST_VARIANCE * squares] = np.nan
+    means = np.array([values.sum(dtype=np.float64) for _, values in neurons]) / n_places  # [n]
+    variances = np.zeros(len(neurons))
+    covariances = np.zeros((n_first, len(neurons)))
+    n_left = n_places  # where none of them survived: all are 0 there
+    for start in range(0, n_places, piece):
+        x = _side_by_side([_within(one, start, start + piece) for one in neurons])  # [n, m]
+        x -= means[:, None]
+        variances += np.square(x).sum(axis=1)
+        covariances += x[:n_first] @ x.T
+        n_left -= x.shape[1]
+    variances = (variances + n_left * means**2) / n_places
+    covariances = (covariances + n_left * np.outer(means[:n_first], means)) / n_places
+    variances[variances <= LEAST_VARIANCE * (variances + means**2)] = np.nan
     spread = np.sqrt(variances)
-    products = x[:n_first] @ x.T / n_places  # [n_first, n]
-    covariances = products - np.outer(means[:n_first], means)
     return np.clip(covariances / np.outer(spread[:n_first], spread), -1, 1)
+
+
+def _within(neuron: Survivors, start: int, stop: int) -> Survivors:
+    """The survivors at the places from `start` up to `stop`."""
+    places, values = neuron
+    some = slice(*np.searchsorted(places, (start, stop)))
+    return places[some], values[some]
 
 
 def _side_by_side(neurons: Sequence[Survivors]) -> np.ndarray:

@@ -15,14 +15,13 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lingua_topk.errors import ConfigError, DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
 CHECKED_BYTES = 2**16  # of the start of a file, for whether it is text
 SENTENCE_TRANSFORMER_FILES = ("modules.json", "config_sentence_transformers.json")
-EMBEDDINGS_LABEL = "the model's own embeddings: circular"
+EMBEDDINGS_LABEL = "the model's own embeddings, of words that are one token: circular"
 
 # How a line of a file stands for a wanted word; a higher one takes the place of a lower one.
 _LOWER_CASED, _AS_WRITTEN = 1, 2
@@ -144,7 +143,10 @@ def from_sentence_transformer(folder: Path | str, words: Sequence[str]) -> Vecto
 def from_embeddings(
     embedding: Tensor, encode: Callable[[str], list[int]], words: Sequence[str]
 ) -> Vectors:
-    """The mean of the embeddings of a word's tokens.
+    """The embedding of a word that is one token; other words have no vector.
+
+    Words that share a token would be alike by that alone, and a neuron that fires on the token
+    would seem to fire on words of one meaning.
 
     embedding: float [V, D], on any device. encode: the tokens of a word, without bos and eos;
     spelled as in the middle of a text where that is another token. DataError for a token outside
@@ -158,13 +160,10 @@ def from_embeddings(
             f"the tokenizer gives tokens {int(flat.min())} to {int(flat.max())}, and the model has"
             f" embeddings of 0 to {len(embedding) - 1}: give the tokenizer of this model"
         )
-    means = functional.embedding_bag(
-        flat.to(embedding.device),
-        embedding.float(),
-        (counts.cumsum(0) - counts).to(embedding.device),
-        mode="mean",
-    )  # [W, D]; 0 for a word without tokens
-    return Vectors(*_unit(means.cpu().numpy()), EMBEDDINGS_LABEL)
+    vectors = torch.zeros(len(words), embedding.shape[1])  # [W, D]
+    first = flat[(counts.cumsum(0) - counts)[counts == 1]]
+    vectors[counts == 1] = embedding[first.to(embedding.device)].float().cpu()
+    return Vectors(*_unit(vectors.numpy()), EMBEDDINGS_LABEL)
 
 
 def _unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,8 +34,9 @@ def test_cliffs_delta_of_cases_worked_out_by_hand():
 def test_a_resample_has_the_median_and_delta_of_the_values_that_it_holds(a, b, seed):
     values, places = np.unique(np.concatenate([a, b]), return_inverse=True)
     draws = np.random.default_rng(seed)
-    (times_a,) = effects._resampled(places[: len(a)], len(values), 5, draws)
-    (times_b,) = effects._resampled(places[len(a) :], len(values), 5, draws)
+    of_a, of_b = np.arange(len(a)), np.arange(len(b))
+    (times_a,) = effects._resampled(places[: len(a)], of_a, len(values), 5, draws)
+    (times_b,) = effects._resampled(places[len(a) :], of_b, len(values), 5, draws)
     medians, deltas = effects._medians(values, times_a), effects._deltas(times_a, times_b)
     for i in range(5):
         drawn_a, drawn_b = np.repeat(values, times_a[i]), np.repeat(values, times_b[i])
@@ -46,9 +47,30 @@ def test_a_resample_has_the_median_and_delta_of_the_values_that_it_holds(a, b, s
 
 def test_resampling_in_parts_makes_every_resample(monkeypatch):
     monkeypatch.setattr(effects, "AT_ONCE", 7)
-    parts = list(effects._resampled(np.array([0, 1, 2]), 3, 9, np.random.default_rng(0)))
+    places = np.array([0, 1, 2])
+    parts = list(effects._resampled(places, places, 3, 9, np.random.default_rng(0)))
     assert [len(part) for part in parts] == [2, 2, 2, 2, 1]
     assert all((part.sum(axis=1) == 3).all() for part in parts)
+
+
+def test_groups_are_drawn_together_by_the_plain_way():
+    """Five copies of each value tell no more than one: the interval is that of the single ones."""
+    draws = np.random.default_rng(4)
+    single = draws.normal(0.3, 1, 50)
+    copies, groups = np.tile(single, 5), np.tile(np.arange(50), 5)
+    zeros = np.zeros(250)
+    alone = effects.paired(single, np.zeros(50), resamples=4000).median_difference
+    together = effects.paired(copies, zeros, groups=groups, resamples=4000).median_difference
+    naive = effects.paired(copies, zeros, resamples=4000).median_difference
+    assert together == pytest.approx(alone, abs=0.05)
+    assert naive.high - naive.low < 0.7 * (alone.high - alone.low)
+    plain = []
+    for _ in range(2000):
+        chosen = draws.integers(50, size=50)
+        plain.append(np.median(np.concatenate([copies[groups == one] for one in chosen])))
+    assert together[1:] == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=0.05)
+    both = two_sample(copies, zeros[:50], groups_a=groups, resamples=4000).median_difference
+    assert both == pytest.approx(alone, abs=0.05)
 
 
 def test_an_interval_is_that_of_drawing_again_by_the_plain_way():

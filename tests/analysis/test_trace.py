@@ -172,6 +172,18 @@ def test_correlations_are_numpys_over_all_places(seed):
     np.testing.assert_allclose(some, found[:3], atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 100, 299, 300, 2**16])
+def test_correlations_are_the_same_in_pieces_of_any_size(piece):
+    """Also where pieces hold no survivor, and where a mean is far larger than the spread."""
+    dense = random_layer(5).dense
+    dense[100:250] = 0
+    large = dense[:, :1] + np.float32(1000)
+    for columns in (dense[:, [0, 1, 3, 4]], np.concatenate([dense[:, [0, 1, 3]], large], axis=1)):
+        expected = np.corrcoef(columns.astype(np.float64), rowvar=False)[:2]
+        found = correlations(survivors(columns), 2, len(columns), piece)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
 def test_constants_have_no_correlation():
     """A neuron at every place with one value; what rounding leaves is not taken for a variance."""
     dense = np.full((1000, 2), 0.1, dtype=np.float32)

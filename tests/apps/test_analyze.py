@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from apps.topk import analyze, cli
 from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+from apps.topk.corpus.tokenizer import train_tokenizer
 from apps.topk.neurons import analysis as analysis_module
 from apps.topk.neurons import folder
 from lingua_topk.analysis.neurons import entropy
@@ -104,11 +105,19 @@ def test_the_control_is_the_same_firings_on_shuffled_tokens(analysed):
         assert np.median(shuffled[often] - arrays["token_entropy"][often]) > 0
 
 
-def test_the_random_weights_are_not_the_models_and_come_from_the_seed(analysed):
+def random_counts(runs, out, seed):
+    analyze.main(["--ckpt", str(runs / "topk"), *FEW, "--layers", "0", "--out", str(out),
+                  "--seed", str(seed), "--quiet"])  # fmt: skip
+    return folder.read_layers(out / "random")[0].arrays["counts"].tolist()
+
+
+def test_the_random_weights_are_not_the_models_and_come_from_the_seed(analysed, runs, tmp_path):
     random = {one.index: one.arrays for one in folder.read_layers(analysed / "random")}
     model = {one.index: one.arrays for one in folder.read_layers(analysed / "model")}
     assert random.keys() == model.keys()
     assert not np.array_equal(random[0]["counts"], model[0]["counts"])
+    assert random_counts(runs, tmp_path / "same", 0) == random[0]["counts"].tolist()
+    assert random_counts(runs, tmp_path / "other", 1) != random[0]["counts"].tolist()
     assert not (analysed / "random" / "recording").exists()
 
 
@@ -187,6 +196,7 @@ def test_a_run_that_was_stopped_goes_on(analysed, runs, tmp_path, monkeypatch):
         (["--row_length", "1000"], r"row_length=1000 is not allowed: give 2 to 96"),
         (["--data", "nowhere"], r"nowhere is neither a file nor a folder"),
         (["--vectors", "nowhere"], r"vectors='nowhere' is not there"),
+        (["--seed", "-1"], r"seed=-1 is not allowed"),
         (["--dtype", "int8"], r"dtype='int8' is not known"),
         (["--device", "tpu"], r"device='tpu' is not known"),
     ],
@@ -198,7 +208,7 @@ def test_mistakes_are_named_and_nothing_is_written(runs, tmp_path, capsys, argv,
     out = tmp_path / "out"
     line = mistake(capsys, "--ckpt", runs / "topk", "--out", out, *argv)
     assert re.search(said, line), line
-    assert not (out / folder.DONE_NAME).exists()
+    assert not out.exists()
 
 
 def test_a_small_or_empty_corpus_is_refused(runs, tmp_path, capsys):
@@ -212,26 +222,64 @@ def test_a_small_or_empty_corpus_is_refused(runs, tmp_path, capsys):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path, capsys):
-    copied = shutil.copytree(runs / "topk", tmp_path / "run")
-    params = checkpoint_folder(str(copied)) / "params.json"
-    other = tmp_path / "other.model"
-    other.write_bytes((runs / "tokenizer.model").read_bytes() + b"\0")
-    content = json.loads(params.read_text())
-    content["data"]["tokenizer"]["path"] = str(other)
-    params.write_text(json.dumps(content))
-    line = mistake(capsys, "--ckpt", params.parent, "--out", tmp_path / "out", *FEW)
-    assert "is another one than the model was trained with" in line or "damaged" in line
+    path = runs / "tokenizer.model"
+    before = path.read_bytes()
+    path.write_bytes(train_tokenizer(["the cat sat on the mat " * 40], 280))
+    try:
+        line = mistake(capsys, "--ckpt", runs / "topk", "--out", tmp_path / "out", *FEW)
+    finally:
+        path.write_bytes(before)
+    assert "is another one than the model was trained with" in line
 
 
 def test_a_twin_of_another_kind_is_refused(runs, tmp_path, capsys):
     line = mistake(capsys, "--ckpt", runs / "topk", "--twin", runs / "topk", *FEW,
                    "--out", tmp_path / "out")  # fmt: skip
     assert "has TopK itself" in line
+    early = runs / "twin" / "checkpoints" / f"{20:010d}"
+    line = mistake(
+        capsys, "--ckpt", runs / "topk", "--twin", early, *FEW, "--out", tmp_path / "out"
+    )
+    assert "has step=20, the model 30: give the run that was trained alike" in line
 
 
 def test_other_settings_need_another_folder(runs, analysed, capsys):
     line = mistake(capsys, "--ckpt", runs / "topk", "--out", analysed, *FEW)
     assert "holds an analysis with another twin" in line
+
+
+def test_words_that_are_gone_are_measured_again(runs, analysed, tmp_path):
+    copied = shutil.copytree(analysed, tmp_path / "copied")
+    (copied / "model" / "words" / "01.jsonl").unlink()
+    analyze.main(["--ckpt", str(runs / "topk"), "--twin", str(runs / "twin"), *FEW,
+                  "--out", str(copied)])  # fmt: skip
+    assert (
+        folder.read_layers(copied / "model")[1].words
+        == folder.read_layers(analysed / "model")[1].words
+    )
+
+
+def test_another_file_of_vectors_is_noticed(runs, tmp_path, capsys):
+    vectors = tmp_path / "vectors.txt"
+    argv = ["--ckpt", runs / "topk", *FEW, "--out", tmp_path / "out", "--vectors", vectors]
+    vectors.write_text("the 1 0\nletter 0 1\nriver 1 1\n")
+    analyze.main([str(one) for one in argv])
+    vectors.write_text("the 1 0\nletter 0 1\nriver 1 2\n")
+    assert "holds an analysis with another vectors" in mistake(capsys, *argv)
+
+
+def test_neurons_of_a_feed_forward(runs, tmp_path):
+    """As many as it is wide, the twin's too; what they promote is not defined."""
+    for name, more in {"mlp": ["model.topk.site=mlp"], "mlp_twin": ["model.topk=null"]}.items():
+        train_on(runs, tmp_path / name, "steps=4", "model.weight_tying=true", *more)
+    analyze.main(["--ckpt", str(tmp_path / "mlp"), "--twin", str(tmp_path / "mlp_twin"), *FEW,
+                  "--out", str(tmp_path / "out"), "--dtype", "bf16"])  # fmt: skip
+    model = open_checkpoint(checkpoint_folder(str(tmp_path / "mlp"))).model("cpu", torch.float32)
+    width = model.layers[0].feed_forward.w1.weight.shape[0]
+    for part in ("model", "twin", "random"):
+        for one in folder.read_layers(tmp_path / "out" / part):
+            assert all(len(array) == width for array in one.arrays.values())
+            assert "promoted" not in one.arrays
 
 
 def test_a_folder_of_something_else_is_left_alone(runs, tmp_path, capsys):

@@ -259,6 +259,28 @@ def test_what_changes_is_measured_again(run, traced, tmp_path, measured):
     assert sorted(measured) == STEPS
 
 
+def test_another_semantic_entropy_is_measured_again(run, traced, tmp_path, measured):
+    out = shutil.copytree(traced, tmp_path / "out")
+    given = {"threshold": 0.25, "min_words": 2, "max_words": 20}
+    used = {name: read(traced)["settings"][name] for name in given}
+    for name, value in given.items():
+        follow(run, out, f"--{name}", value)
+        assert sorted(measured) == STEPS
+        assert {one: read(out)["settings"][one] for one in given} == used | {name: value}
+        del measured[:]
+
+
+def test_vectors_of_a_file_do_not_need_the_model(run, tmp_path, monkeypatch):
+    last = open_checkpoint(run / "checkpoints" / f"{STEPS[-1]:010d}")
+    rows = rows_of_corpus(last, [], TOKENS)
+    word = work.text_of(rows, last, "").words.words[0]
+    path = tmp_path / "vectors.txt"
+    path.write_text(f"{word} 3 4\n", encoding="utf-8")
+    monkeypatch.setattr(type(last), "model", None)
+    text = work.text_of(rows, last, str(path))
+    assert text.vectors.vectors[0] == pytest.approx([0.6, 0.8])
+
+
 def test_some_layers_and_a_default_folder(run, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / f"{20:010d}")
@@ -279,6 +301,10 @@ MISTAKES = [
     (["--neuron", "0:1", "--layers", "1,2"], "neuron=0:1 is of a layer that is not recorded"),
     (["--layers", "3"], "layers='3' is not allowed: give numbers from 0 to 2"),
     (["--layers", "first"], "layers='first' is not allowed"),
+    (["--threshold", "1"], "threshold=1.0 is not allowed: give at least 0 and less than 1"),
+    (["--threshold", "nan"], "threshold=nan is not allowed"),
+    (["--min_words", "1"], "min_words=1 is too small: give at least 2"),
+    (["--max_words", "9"], "max_words=9 is less than min_words=10"),
     (["--settled", "0"], "settled=0.0 is not allowed"),
     (["--settled", "nan"], "settled=nan is not allowed"),
     (["--dtype", "int8"], "dtype='int8' is not known"),

@@ -35,7 +35,6 @@ class Analysis:
         layers: which are recorded.
         k: values a token that are kept where there is no TopK, None for all.
         vectors_from: what `read_vectors` takes; "" for the checkpoint's own embeddings.
-        random_weights: whether the same architecture with random weights is measured.
         out: the folder it is written to.
     """
 
@@ -46,7 +45,6 @@ class Analysis:
     layers: list[int]
     k: int | None
     vectors_from: str
-    random_weights: bool
     device: torch.device
     dtype: str
     batch_rows: int
@@ -57,13 +55,13 @@ class Analysis:
 
         ConfigError where `out` holds something else.
         """
-        self._begin()
         model = self._loaded(self.checkpoint)
         text = self._text(model)
+        self.vectors_digest = hashlib.sha256(text.vectors.vectors.tobytes()).hexdigest()
+        self._begin()  # now that what is wrong with the arguments is known
         shuffled = text.shuffled(self.settings.seed)
         self._measure(folder.MODEL, model, text, shuffled)
-        if self.random_weights:
-            self._measure(folder.RANDOM, self._random(), text, shuffled)
+        self._measure(folder.RANDOM, self._random(), text, shuffled)
         if self.twin is not None:
             self._measure(folder.TWIN, self._loaded(self.twin), text, shuffled)
         compared = comparison.compare_neurons(self.out, self.settings.seed)
@@ -75,6 +73,7 @@ class Analysis:
     def inputs(self) -> dict[str, Any]:
         """JSON that is the same only when the results would be."""
         return {
+            "version": folder.VERSION,
             "checkpoint": self.checkpoint.state(),
             "twin": self.twin and self.twin.state(),
             "tokens": hashlib.sha256(self.rows.tokens.tobytes()).hexdigest(),
@@ -82,8 +81,7 @@ class Analysis:
             "settings": asdict(self.settings),
             "layers": self.layers,
             "k": self.k,
-            "vectors": self.vectors_from,
-            "random_weights": self.random_weights,
+            "vectors": self.vectors_digest,
             "dtype": self.dtype,
         }
 
@@ -92,7 +90,8 @@ class Analysis:
         if path.is_file():
             self._check_same(path)
             return
-        others = {one.name for one in self.out.iterdir()} if self.out.is_dir() else set()
+        names = {one.name for one in self.out.iterdir()} if self.out.is_dir() else set()
+        others = {name for name in names if not name.startswith(".")}
         if self.out.exists() and (not self.out.is_dir() or others - MAY_BE_THERE):
             raise ConfigError(f"out={str(self.out)!r} is there and is no analysis: give another")
         try:
@@ -145,6 +144,7 @@ class Analysis:
         todo = [i for i in self.layers if not folder.is_measured(place, i, digest)]
         keeps = part == folder.MODEL  # the report shows what fires on its texts
         if not todo and not keeps:
+            shutil.rmtree(place / folder.RECORDING, ignore_errors=True)
             return
         vocab_size = self.checkpoint.model_args.vocab_size
         recording = record_model(
@@ -160,11 +160,12 @@ class Analysis:
             vocab_size=vocab_size,
             label=f"reading with {part}",
         )
+        promoted = next_tokens(model) if todo and self._site != "mlp" else {}
         with progress.bar(f"measuring {part}", len(todo), "layer") as shown:
             for i in progress.ticking(todo, shown):
                 layer = recording.layer(i)
                 measured = measure_layer(layer, text, shuffled, vocab_size, self.settings)
-                measured.arrays.update(next_tokens(model, i))
+                measured.arrays.update(promoted)
                 folder.write_layer(place, layer, measured, digest)
         if not keeps:
             shutil.rmtree(place / folder.RECORDING)
@@ -176,11 +177,12 @@ class Analysis:
         return topk and topk.site
 
     def _described(self, text: Text) -> dict[str, Any]:
-        random = [folder.RANDOM] if self.random_weights else []
+        twin = [folder.TWIN] if self.twin else []
         return {
-            "parts": [folder.MODEL, *random, *([folder.TWIN] if self.twin else [])],
+            "parts": [folder.MODEL, folder.RANDOM, *twin],
             "checkpoint": self.checkpoint.describe(),
             "step": self.checkpoint.step,
+            "alpha": self.checkpoint.alpha,  # that training had reached; read with 0
             "twin": self.twin and self.twin.describe(),
             "corpus": self.rows.describe(),
             "layers": self.layers,

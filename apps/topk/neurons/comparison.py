@@ -47,12 +47,14 @@ class _Population:
         values, rates: float64 [n].
         counts: int64 [n], firings.
         layers: int64 [n], which layer each is in.
+        indices: int64 [n], its number there: in every layer the same feature.
     """
 
     values: np.ndarray
     rates: np.ndarray
     counts: np.ndarray
     layers: np.ndarray
+    indices: np.ndarray
 
 
 def compare_neurons(out: Path, seed: int = 0) -> dict[str, Any]:
@@ -177,6 +179,7 @@ def _population(
         np.concatenate([one.arrays["firing_rate"].astype(np.float64) for one in there]),
         np.concatenate([one.arrays["counts"] for one in there]),
         np.concatenate([np.full(len(one.arrays["counts"]), one.index) for one in there]),
+        np.concatenate([np.arange(len(one.arrays["counts"])) for one in there]),
     )
 
 
@@ -199,7 +202,9 @@ def _summary(one: _Population | None) -> dict[str, Any] | None:
 def _against(model: _Population, other: _Population | None, seed: int) -> dict[str, Any] | None:
     if other is None:
         return None
-    found = effects.two_sample(model.values, other.values, seed=seed)
+    found = effects.two_sample(
+        model.values, other.values, groups_a=model.indices, groups_b=other.indices, seed=seed
+    )
     return {
         "n_model": found.n_a,
         "n_other": found.n_b,
@@ -217,7 +222,9 @@ def _matched(model: _Population, other: _Population | None, seed: int) -> dict[s
     i, j = (np.concatenate(side) for side in zip(*pairs, strict=True))
     ratios = model.rates[i] / other.rates[j]
     return {
-        **_paired(effects.paired(model.values[i], other.values[j], seed=seed)),
+        **_paired(
+            effects.paired(model.values[i], other.values[j], groups=model.indices[i], seed=seed)
+        ),
         "unmatched_model": int((~np.isnan(model.values)).sum()) - len(i),
         "unmatched_other": int((~np.isnan(other.values)).sum()) - len(j),
         "rate_ratio": float(np.median(ratios)) if len(ratios) else None,
@@ -245,7 +252,7 @@ def _paired_with_itself(
 ) -> dict[str, Any] | None:
     if shuffled is None:
         return None
-    return _paired(effects.paired(model.values, shuffled.values, seed=seed))
+    return _paired(effects.paired(model.values, shuffled.values, groups=model.indices, seed=seed))
 
 
 def _paired(found: Paired) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _semantic_control(content: Mapping[str, Any]) -> str:
         return line
     return (
         f"{line} So words at random have the lowest here: their similarities all lie close to one"
-        " another. A low semantic entropy does not show words of one meaning; MonoScore tells."
+        " another. A low semantic entropy does not show words of one meaning."
     )
 
 
@@ -223,8 +223,9 @@ def _method(content: Mapping[str, Any]) -> list[str]:
     return [
         f"[low, high]: a {content['interval']:.0%} bootstrap interval (percentile,"
         f" {content['resamples']} resamples, seed {content['seed']}): neurons, or pairs, drawn"
-        " again with replacement. It is over neurons, not over training seeds: it says what other"
-        " neurons of these models would have given, not what other runs of training would. No"
+        " again with replacement, an index with all its layers. It is over neurons, not over"
+        " training seeds: it says what other neurons of these models would have given, not what"
+        " other runs of training would. No"
         f" interval is given for fewer than {content['min_items']}.",
         f"Matching: nearest in log firing rate first, within a factor of {content['caliper']},"
         " without replacement, within a layer, among neurons that have a value.",

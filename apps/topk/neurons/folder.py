@@ -67,6 +67,8 @@ def write_layer(folder: Path, layer: LayerRecording, measured: Measured, inputs:
 
 def is_measured(folder: Path, layer: int, inputs: str) -> bool:
     """Whether the layer's files are there and made from the same."""
+    if not _words_path(folder, layer).is_file():
+        return False
     try:
         with safe_open(_arrays_path(folder, layer), "numpy") as file:
             return file.metadata().get("inputs") == inputs
@@ -132,7 +134,10 @@ def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

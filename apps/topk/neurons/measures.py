@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from lingua_topk import topk_handle
 from lingua_topk.analysis import neurons
 from lingua_topk.analysis.monoscore import mono_score
 from lingua_topk.analysis.recording import Block, LayerRecording
@@ -144,20 +143,17 @@ def _control(
 
 
 @torch.no_grad()
-def next_tokens(model: nn.Module, layer: int) -> dict[str, np.ndarray]:
-    """The tokens that each neuron of a layer promotes and suppresses most; see `direct_effects`.
+def next_tokens(model: nn.Module) -> dict[str, np.ndarray]:
+    """The tokens that each neuron promotes and suppresses most; see `direct_effects`.
 
-    int32 and float32 [D, n].
+    Of neurons that are components of the residual stream, which are the same in every layer. What
+    a neuron of a feed-forward adds also depends on the other half of its gate: it has none of
+    these. int32 and float32 [D, n].
     """
-    device = next(model.parameters()).device
-    handle = topk_handle(model)
-    if handle is not None and handle.args.site == "mlp":
-        directions = model.layers[layer].feed_forward.w2.weight.T  # [F, D]
-    else:
-        directions = torch.eye(model.dim, device=device)  # [D, D]
     norm, output = model.norm.weight.float(), _output(model).float()
+    directions = torch.eye(model.dim, device=norm.device)  # [D, D]
     parts = [
-        neurons.direct_effects(some.float(), norm, output, NEXT_TOKENS)
+        neurons.direct_effects(some, norm, output, NEXT_TOKENS)
         for some in directions.split(DIRECT_NEURONS)
     ]
     arrays = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}

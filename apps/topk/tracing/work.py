@@ -151,10 +151,14 @@ def text_of(rows: Rows, last: Checkpoint, vectors: str) -> Text:
     """The rows with their words; vectors: what `read_vectors` takes, "" for `last`'s embeddings."""
     words = words_of(rows.tokens, rows.pieces)
     tokenizer = last.tokenizer()
+    if vectors:
+        embedding = torch.empty(0)  # not looked at: no need to read the model
+    else:
+        embedding = last.model("cpu", torch.float32).tok_embeddings.weight
     found = read_vectors(
         vectors,
         words.words,
-        last.model("cpu", torch.float32).tok_embeddings.weight,
+        embedding,
         lambda word: tokenizer.encode(f" {word}", add_bos=False, add_eos=False),
     )
     return Text(rows.tokens, words, found)
