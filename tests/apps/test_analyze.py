@@ -135,14 +135,16 @@ def test_contexts_hold_what_the_recording_says(analysed):
 
 def test_it_says_what_it_was_made_from(analysed, runs):
     content = folder.read_analysis(analysed)
-    assert content["parts"] == ["model", "random", "twin"]
+    assert content["parts"] == ["model", "random", "twin", "random_twin"]
     assert content["corpus"]["tokens"] == 3000 // SEQ_LEN * SEQ_LEN
     assert content["corpus"]["sources"]["text"] > 0
     assert "circular" in content["vectors"]
     assert content["settings"]["threshold"] == 0.5
     assert content["checkpoint"]["topk"]["k"] == 4
     compared = json.loads((analysed / "comparison.json").read_text())
-    assert compared
+    assert compared["untrained"]["pairs"] >= 10
+    assert any(line.endswith("so much is there before any training.")
+               for line in compared["conclusion"])  # fmt: skip
     assert (analysed / "comparison.md").is_file() and (analysed / "entropy.svg").is_file()
 
 
@@ -175,7 +177,7 @@ def test_a_run_that_was_stopped_goes_on(analysed, runs, tmp_path, monkeypatch):
         analysis_module, "measure_layer", lambda *a: measured.append(1) or analyse(*a)
     )
     analyze.main(argv)
-    assert len(measured) == 5
+    assert len(measured) == 8
     for path in analysed.rglob("layers/*.safetensors"):
         ours, theirs = (load_file(one / path.relative_to(analysed))
                         for one in (tmp_path / "out", analysed))  # fmt: skip

@@ -61,9 +61,10 @@ class Analysis:
         self._begin()  # now that what is wrong with the arguments is known
         shuffled = text.shuffled(self.settings.seed)
         self._measure(folder.MODEL, model, text, shuffled)
-        self._measure(folder.RANDOM, self._random(), text, shuffled)
+        self._measure(folder.RANDOM, self._random(self.checkpoint), text, shuffled)
         if self.twin is not None:
             self._measure(folder.TWIN, self._loaded(self.twin), text, shuffled)
+            self._measure(folder.RANDOM_TWIN, self._random(self.twin), text, shuffled)
         compared = comparison.compare_neurons(self.out, self.settings.seed)
         comparison.write_comparison(self.out, compared)
         folder.write_analysis(self.out, self._described(text))
@@ -116,10 +117,10 @@ class Analysis:
     def _loaded(self, checkpoint: Checkpoint) -> nn.Module:
         return checkpoint.model(self.device, DTYPES[self.dtype])
 
-    def _random(self) -> nn.Module:
-        """The architecture as training begins with it."""
+    def _random(self, checkpoint: Checkpoint) -> nn.Module:
+        """Its architecture with weights that training could begin with."""
         torch.manual_seed(self.settings.seed)
-        model = TopKTransformer(self.checkpoint.model_args)
+        model = TopKTransformer(checkpoint.model_args)
         model.init_weights()
         for parameter in model.parameters():  # the rotary table stays in float32
             parameter.data = parameter.data.to(DTYPES[self.dtype])
@@ -177,7 +178,7 @@ class Analysis:
         return topk and topk.site
 
     def _described(self, text: Text) -> dict[str, Any]:
-        twin = [folder.TWIN] if self.twin else []
+        twin = [folder.TWIN, folder.RANDOM_TWIN] if self.twin else []
         return {
             "parts": [folder.MODEL, folder.RANDOM, *twin],
             "checkpoint": self.checkpoint.describe(),

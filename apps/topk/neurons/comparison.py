@@ -16,7 +16,7 @@ import numpy as np
 
 from apps.topk.neurons import comparison_text, folder
 from apps.topk.neurons.comparison_text import TITLES, tables
-from apps.topk.neurons.folder import MODEL, RANDOM, TWIN, MeasuredLayer
+from apps.topk.neurons.folder import MODEL, RANDOM, RANDOM_TWIN, TWIN, MeasuredLayer
 from apps.topk.provenance import write_json, write_text
 from lingua_topk.analysis import effects
 from lingua_topk.analysis.effects import Estimate, Paired
@@ -30,6 +30,7 @@ VERSION = 1
 MEASURES = ("token_entropy", "token_entropy_count", "semantic_entropy", "mono_score",
             "firing_rate")  # fmt: skip
 SHUFFLED = "shuffled"
+PARTS = (MODEL, TWIN, RANDOM, RANDOM_TWIN)
 POPULATIONS = (MODEL, TWIN, RANDOM, SHUFFLED)
 DRAWN = {
     "token_entropy": "token entropy (bits)",
@@ -68,7 +69,7 @@ def compare_neurons(out: Path, seed: int = 0) -> dict[str, Any]:
 
     Raises: DataError where there is no measured model, or where the parts do not fit.
     """
-    parts = {name: folder.read_layers(out / name) for name in (MODEL, TWIN, RANDOM)}
+    parts = {name: folder.read_layers(out / name) for name in PARTS}
     if not parts[MODEL]:
         raise DataError(
             f"{out} holds no measured layers of a model: make them with python -m apps.topk.analyze"
@@ -95,6 +96,7 @@ def compare_neurons(out: Path, seed: int = 0) -> dict[str, Any]:
             for layer in parts[MODEL]
         ],
         "pooled": {"layers": topk, "measures": _compared(parts, topk, seed)} if topk else None,
+        "untrained": _untrained(parts, topk, seed) if topk else None,
     }
     return {**content, "conclusion": comparison_text.conclusion(content)}
 
@@ -137,8 +139,13 @@ def _check_alike(out: Path, parts: Mapping[str, Sequence[MeasuredLayer]]) -> Non
 
 
 def _kept(parts: Mapping[str, Sequence[MeasuredLayer]], index: int) -> dict[str, str]:
-    return {name: layer.kept for name, layers in parts.items() for layer in layers
-            if layer.index == index}  # fmt: skip
+    """What was recorded of a layer; of the untrained twin it is what it is of the twin."""
+    return {
+        name: layer.kept
+        for name, layers in parts.items()
+        for layer in layers
+        if layer.index == index and name != RANDOM_TWIN
+    }
 
 
 def _compared(
@@ -165,6 +172,17 @@ def _measure(
         "against_twin": _against(model, found[TWIN], seed),
         "matched": matched,
     }
+
+
+def _untrained(
+    parts: Mapping[str, Sequence[MeasuredLayer]], layers: Sequence[int], seed: int
+) -> dict[str, Any] | None:
+    """Token entropy of random weights with TopK against ones without: what the selection does by
+    itself. None where one was not measured."""
+    with_topk, without = (
+        _population(parts.get(name, ()), layers, "token_entropy") for name in (RANDOM, RANDOM_TWIN)
+    )
+    return None if with_topk is None else _matched(with_topk, without, seed)
 
 
 def _population(

@@ -82,6 +82,7 @@ def conclusion(content: Mapping[str, Any]) -> list[str]:
             _matched_line(content, "semantic_entropy", TWIN),
             _matched_line(content, "mono_score", TWIN),
             _unmatched_line(content, "token_entropy"),
+            *_untrained_line(content),
         ]
     else:
         found.append("No twin was measured: the model is compared with the controls alone.")
@@ -148,6 +149,20 @@ def _matched_line(content: Mapping[str, Any], measure: str, other: str) -> str:
         f"{how}TopK layers taken together have not been found to have {hoped} {than}: {numbers};"
         f" the interval includes 0 (it lies on that side{where or ' in no layer'})."
     )
+
+
+def _untrained_line(content: Mapping[str, Any]) -> list[str]:
+    """How much of the difference to the twin is there without any training."""
+    found = content.get("untrained")
+    if found is None or found["median_difference"] is None:
+        return []
+    about = MEASURES["token_entropy"]
+    return [
+        "Of the same two architectures with random weights, at matched firing rate, the one with"
+        f" TopK differs from the one without by"
+        f" {_interval(about, found['median_difference'], about.unit)} of token entropy: so much is"
+        " there before any training."
+    ]
 
 
 def _semantic_control(content: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ OUT/
   model/words/03.jsonl   a line a neuron: the words it fires on most, with its values there
   random/                the same of the same architecture with random weights
   twin/                  the same of the vanilla twin, where one was given
+  random_twin/           and of the twin's architecture with random weights
 """
 
 import json
@@ -26,7 +27,7 @@ from lingua_topk.errors import DataError
 
 VERSION = 1
 DONE_NAME = "analysis.json"
-MODEL, RANDOM, TWIN = "model", "random", "twin"
+MODEL, RANDOM, TWIN, RANDOM_TWIN = "model", "random", "twin", "random_twin"
 RECORDING = "recording"
 
 
