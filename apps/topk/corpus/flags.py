@@ -40,11 +40,11 @@ def call(
     if "--help" in argv or "-h" in argv:
         print(help_text(function, program, example))
         return None
-    if not argv:
+    parameters = dict(inspect.signature(function).parameters)
+    if not argv and any(one.default is one.empty for one in parameters.values()):
         raise ConfigError(
             f"{program} needs flags, for example {example} (python -m {program} --help lists them)"
         )
-    parameters = dict(inspect.signature(function).parameters)
     flags = _read_flags(argv, parameters, repeatable)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in flags:
