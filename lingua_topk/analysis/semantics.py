@@ -19,6 +19,8 @@ from lingua_topk.errors import ConfigError
 # Bins of width 0.1 over [-1, 1]. Each holds its lower edge, the last also its upper one.
 BINS = 20
 TOP_WORDS = 20
+# A neuron that is strong on fewer words, or mostly elsewhere, is not told by its words.
+TOLD_WORDS, TOLD_COVERAGE = 5, 0.2
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,15 @@ def semantic_measures(
         too_few=too_few,
         top_words=_top_words(pairs, words.words, n),
     )
+
+
+def told_by_words(n_with_vector: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Whether its words say what a neuron fires on, bool [n]; other neurons fire on spaces, signs
+    or pieces, and what is measured of their few words says little of them.
+
+    n_with_vector, coverage: as in `SemanticMeasures`.
+    """
+    return (n_with_vector >= TOLD_WORDS) & (coverage >= TOLD_COVERAGE)  # NaN: not
 
 
 def _check(threshold: float, min_words: int, max_words: int) -> None:

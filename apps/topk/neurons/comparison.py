@@ -58,7 +58,7 @@ class _Population:
     indices: np.ndarray
 
 
-def compare_neurons(out: Path, seed: int = 0) -> dict[str, Any]:
+def compare_neurons(out: Path, seed: int = 0, vectors: str = "") -> dict[str, Any]:
     """What comparison.json says, from the measures in an analysis folder.
 
     The twin and the random-weights control are compared with where they are there.
@@ -66,6 +66,7 @@ def compare_neurons(out: Path, seed: int = 0) -> dict[str, Any]:
     Args:
         out: the folder, with model/layers and perhaps twin/layers and random/layers.
         seed: of the resampling.
+        vectors: where those of the words are from, for the reader.
 
     Raises: DataError where there is no measured model, or where the parts do not fit.
     """
@@ -80,6 +81,7 @@ def compare_neurons(out: Path, seed: int = 0) -> dict[str, Any]:
     content = {
         "version": VERSION,
         "seed": seed,
+        "vectors": vectors,
         "resamples": effects.RESAMPLES,
         "interval": effects.LEVEL,
         "caliper": effects.CALIPER,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from apps.topk.cli import one_line
 from apps.topk.comparison.markdown import escape
 from apps.topk.neurons.folder import MODEL, RANDOM, TWIN
 
@@ -90,6 +91,9 @@ def conclusion(content: Mapping[str, Any]) -> list[str]:
         found.append(_matched_line(content, "token_entropy", RANDOM))
     found.append(_matched_line(content, "token_entropy", SHUFFLED))
     found.append(_semantic_control(content))
+    found.append(_matched_line(content, "mono_score", SHUFFLED))
+    if content["vectors"]:
+        found.append(f"Vectors of words: {one_line(content['vectors'])}.")
     found.append(_firing_line(content))
     return found
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from apps.topk.neurons.folder import MeasuredLayer
 from apps.topk.terminal import shown
+from lingua_topk.analysis.semantics import told_by_words
 
 WORDS = 10  # a neuron
 
@@ -15,17 +16,18 @@ def extreme_neurons(
 ) -> list[tuple[int, int, float, list[str]]]:
     """The `n` scored neurons of the TopK layers with the lowest (highest) value of a measure.
 
-    Layer, neuron, value and words of each, the most extreme first.
+    Of those that are told by their words. Layer, neuron, value and words of each, the most
+    extreme first.
     """
-    found = [
-        (float(value), one.index, neuron, [word for word, _ in one.words[neuron][:WORDS]])
-        for one in layers
-        if one.is_topk
-        for neuron, value in enumerate(one.arrays[measure])
-        if np.isfinite(value)
-    ]
-    found.sort(key=lambda entry: (-entry[0] if highest else entry[0], *entry[1:3]))
-    return [(layer, neuron, value, words) for value, layer, neuron, words in found[:n]]
+    found = []
+    for one in layers:
+        values = one.arrays[measure]
+        told = told_by_words(one.arrays["n_with_vector"], one.arrays["coverage"])
+        for neuron in np.flatnonzero(told & np.isfinite(values)) if one.is_topk else ():
+            words = [word for word, _ in one.words[neuron][:WORDS]]
+            found.append((one.index, int(neuron), float(values[neuron]), words))
+    found.sort(key=lambda entry: (-entry[2] if highest else entry[2], *entry[:2]))
+    return found[:n]
 
 
 def median_of_control(layers: Sequence[MeasuredLayer], measure: str) -> float:

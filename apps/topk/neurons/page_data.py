@@ -152,13 +152,26 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _figures(folder: Path) -> Iterator[Figure]:
+    traced = _traced_on(folder / TRACE / "trace.json")
     drawing = _read_svg(folder / "entropy.svg")
     if drawing:
         yield Figure("Entropies over layers", f"{comparison_text.CAPTION}.", drawing)
     for name, title in TRACE_FIGURES.items():
         drawing = _read_svg(folder / TRACE / f"{name}.svg")
         if drawing:
-            yield Figure(title, "From the trace over the run's checkpoints.", drawing)
+            yield Figure(title, traced, drawing)
+
+
+def _traced_on(path: Path) -> str:
+    """What the trace was made with, which may be other text and vectors than the analysis."""
+    about = _read_json(path)
+    try:
+        return about and (
+            f"From the trace over the run's checkpoints: {about['corpus']['tokens']:,} tokens;"
+            f" vectors of words: {about['settings']['vectors']}."
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no trace ({one_line(repr(error))}): trace again") from None
 
 
 def _read_svg(path: Path) -> str:

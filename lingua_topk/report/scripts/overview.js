@@ -45,9 +45,11 @@ function fillStarts() {
   const some = isTopk.includes(true);
   const chosen = [...isTopk.keys()].filter((n) => !table.dead[n] && (isTopk[n] || !some));
   const less = (n) => table.token_entropy[n] - table.shuffled_token_entropy[n];
+  // Of neurons that fire on spaces, signs or pieces the few words say little.
+  const told = (values) => (n) => (table.told[n] ? values(n) : NaN);
   const lists = [
-    ["Lowest semantic entropy", (n) => table.semantic_entropy[n], (v) => `${fixed(v, 2)} bits`],
-    ["Highest MonoScore", (n) => -table.mono_score[n], (v) => fixed(-v, 3)],
+    ["Lowest semantic entropy", told((n) => table.semantic_entropy[n]), (v) => `${fixed(v, 2)} bits`],
+    ["Highest MonoScore", told((n) => -table.mono_score[n]), (v) => fixed(-v, 3)],
     ["Token entropy farthest below shuffled", less, (v) => `${fixed(v, 2)} bits`],
   ];
   byId("starts").append(...lists.map((list) => startList(chosen, ...list)).filter(Boolean));
