@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from apps.topk import cli
-from apps.topk.checkpoint import DTYPES, Checkpoint, checkpoint_folder, open_checkpoint
+from apps.topk.checkpoint import Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
 from apps.topk.devices import device_of
+from apps.topk.neurons import arguments
 from apps.topk.neurons.analysis import Analysis
 from apps.topk.neurons.comparison import tables
 from apps.topk.neurons.corpus import rows_of_corpus
@@ -19,7 +20,6 @@ from lingua_topk.errors import CheckpointError, ConfigError
 PROGRAM = "apps.topk.analyze"
 EXAMPLE = "--ckpt DUMP_DIR --twin TWIN_DUMP_DIR"
 FOLDER = "neurons"  # below the dump_dir
-DEFAULT_K = 64  # where no layer has TopK
 # What a twin has in common with the model.
 SHARED = ("dim", "n_layers", "vocab_size", "parameters", "max_seqlen", "steps", "step", "tokens")
 
@@ -27,7 +27,7 @@ SHARED = ("dim", "n_layers", "vocab_size", "parameters", "max_seqlen", "steps", 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; mistakes raise a UserError, for `cli.run` to report."""
     argv = sys.argv[1:] if argv is None else argv
-    flags.call(analyze, PROGRAM, argv, EXAMPLE, repeatable=["data"])
+    flags.call(analyze, PROGRAM, argv, EXAMPLE, repeatable=["data", "layers"])
 
 
 def analyze(
@@ -41,11 +41,11 @@ def analyze(
     layers: str = "",
     k: int = 0,
     vectors: str = "",
-    threshold: float = 0.5,
-    min_words: int = 10,
-    max_words: int = 100,
-    contexts: int = 8,
-    context_tokens: int = 32,
+    threshold: float = Settings.threshold,
+    min_words: int = Settings.min_words,
+    max_words: int = Settings.max_words,
+    contexts: int = Settings.contexts,
+    context_tokens: int = Settings.context_tokens,
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "",
@@ -99,19 +99,22 @@ def analyze(
     that cannot be used, DataError for text or vectors that cannot.
     """
     settings = Settings(threshold, min_words, max_words, contexts, context_tokens, seed)
-    _check(settings, dtype, batch_tokens, row_length, k)
+    arguments.check(settings, dtype, batch_tokens, row_length)
+    if k < -1:
+        raise ConfigError(f"k={k} is not allowed: give at least 1, 0 for the model's, -1 for all")
     place = device_of(device)
     checkpoint = open_checkpoint(checkpoint_folder(ckpt))
     twin_checkpoint = open_checkpoint(checkpoint_folder(twin)) if twin else None
     if twin_checkpoint is not None:
         check_twin(checkpoint, twin_checkpoint)
-    rows = rows_of_corpus(checkpoint, _listed(data), tokens, row_length or None)
+    rows = rows_of_corpus(checkpoint, arguments.listed(data), tokens, row_length or None)
     analysis = Analysis(
         checkpoint=checkpoint, twin=twin_checkpoint, rows=rows, settings=settings,
-        layers=_layers(layers, checkpoint.model_args.n_layers), k=_k(k, checkpoint),
+        layers=arguments.layers_of(layers, checkpoint.model_args.n_layers),
+        k=None if k == -1 else k or arguments.own_k(checkpoint),
         vectors_from=vectors, device=place, dtype=dtype,
         batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
-        out=Path(out).expanduser() if out else _default_out(checkpoint),
+        out=Path(out).expanduser() if out else arguments.folder_in_run(checkpoint, FOLDER),
     )  # fmt: skip
     compared = analysis.run()
     if quiet:
@@ -120,68 +123,6 @@ def analyze(
         for table in tables(compared):
             Console().print(table)
     print(f"written: {analysis.out} (python -m apps.topk.report makes a page of it)")
-
-
-def _check(settings: Settings, dtype: str, batch_tokens: int, row_length: int, k: int) -> None:
-    if not 0 <= settings.threshold < 1:
-        raise ConfigError(
-            f"threshold={settings.threshold} is not allowed: give at least 0 and less than 1"
-        )
-    least = {"min_words": 2, "contexts": 1, "context_tokens": 1}
-    numbers = {name: getattr(settings, name) for name in least} | {"batch_tokens": batch_tokens}
-    for name, value in numbers.items():
-        if value < least.get(name, 1):
-            raise ConfigError(f"{name}={value} is too small: give at least {least.get(name, 1)}")
-    if settings.max_words < settings.min_words:
-        raise ConfigError(
-            f"max_words={settings.max_words} is less than min_words={settings.min_words}: give at"
-            " least as many"
-        )
-    if not 0 <= settings.seed < 2**63:
-        raise ConfigError(f"seed={settings.seed} is not allowed: give 0 to {2**63 - 1}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    if row_length < 0:
-        raise ConfigError(
-            f"row_length={row_length} is not allowed: give at least 2, or 0 for that of training"
-        )
-    if k < -1:
-        raise ConfigError(f"k={k} is not allowed: give at least 1, 0 for the model's, -1 for all")
-
-
-def _listed(data: str) -> list[str]:
-    return [name.strip() for name in data.split(",") if name.strip()]
-
-
-def _layers(text: str, n_layers: int) -> list[int]:
-    """The layers named, rising; all for ""."""
-    if not text:
-        return list(range(n_layers))
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = [-1]
-    if not 0 <= found[0] <= found[-1] < n_layers:
-        raise ConfigError(
-            f"layers={text!r} is not allowed: give numbers from 0 to {n_layers - 1} with commas"
-        )
-    return found
-
-
-def _k(k: int, checkpoint: Checkpoint) -> int | None:
-    topk = checkpoint.model_args.topk
-    if k == 0:
-        return DEFAULT_K if topk is None else topk.k
-    return None if k == -1 else k
-
-
-def _default_out(checkpoint: Checkpoint) -> Path:
-    """neurons in the run's dump_dir, where the checkpoint lies in DUMP_DIR/checkpoints/STEP."""
-    if checkpoint.folder.parent.name != "checkpoints":
-        raise ConfigError(
-            f"ckpt={str(checkpoint.folder)!r} does not lie in the dump_dir of a run: give --out"
-        )
-    return checkpoint.folder.parent.parent / FOLDER
 
 
 def check_twin(checkpoint: Checkpoint, twin: Checkpoint) -> None:

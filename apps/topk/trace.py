@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.topk import cli
-from apps.topk.checkpoint import DTYPES, Checkpoint
 from apps.topk.corpus import flags
 from apps.topk.devices import device_of
-from apps.topk.neurons.corpus import rows_of_corpus
+from apps.topk.neurons import arguments
+from apps.topk.neurons.corpus import rows_of_corpus, text_of
 from apps.topk.neurons.measures import Settings
 from apps.topk.terminal import shown
 from apps.topk.tracing import output
 from apps.topk.tracing.checkpoints import checkpoints_of
 from apps.topk.tracing.recorder import Recorder, width_of
 from apps.topk.tracing.summary import Trace, neuron_summary
-from apps.topk.tracing.work import Work, text_of
+from apps.topk.tracing.work import Work
 from lingua_topk.errors import ConfigError
 
 PROGRAM = "apps.topk.trace"
 EXAMPLE = "--ckpts DUMP_DIR --neuron 3:417"
 FOLDER = Path("neurons", "trace")  # below the dump_dir
-DEFAULT_K = 64  # where no layer has TopK
 SHOWN_TOKENS = 5
 
 
@@ -100,21 +99,24 @@ def trace(
     that cannot be used, DataError for text or vectors that cannot.
     """
     settings = Settings(threshold, min_words, max_words)
-    _check(settings, settled, dtype, batch_tokens, row_length, k)
+    arguments.check(settings, dtype, batch_tokens, row_length)
+    if not 0 < settled <= 1:
+        raise ConfigError(f"settled={settled} is not allowed: give a number above 0, at most 1")
+    if k < 0:
+        raise ConfigError(f"k={k} is not allowed: give at least 1, or 0 for the model's own")
     place = device_of(device)
     wanted = _neurons(neuron)
     checkpoints = checkpoints_of(ckpts)
     last = checkpoints[-1]
-    chosen = _layers(layers, last.model_args.n_layers)
+    chosen = arguments.layers_of(layers, last.model_args.n_layers)
     _check_neurons(wanted, chosen, width_of(last))
-    folder = Path(out).expanduser() if out else _default_out(last)
+    folder = Path(out).expanduser() if out else arguments.folder_in_run(last, FOLDER)
     output.check_folder(folder)
-    rows = rows_of_corpus(last, _listed(data), tokens, row_length or None)
-    topk = last.model_args.topk
+    rows = rows_of_corpus(last, arguments.listed(data), tokens, row_length or None)
     work = Work(
         checkpoints=checkpoints, rows=rows, text=text_of(rows, last, vectors), settings=settings,
         recorder=Recorder(
-            layers=chosen, k=k or (topk.k if topk else DEFAULT_K), as_trained=as_trained,
+            layers=chosen, k=k or arguments.own_k(last), as_trained=as_trained,
             dtype=dtype, device=place, batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
         ),
         folder=folder,
@@ -127,42 +129,10 @@ def trace(
     print(f"written: {folder} ({len(checkpoints)} checkpoints, {len(chosen)} layers)")
 
 
-def _check(
-    settings: Settings, settled: float, dtype: str, batch_tokens: int, row_length: int, k: int
-) -> None:
-    if not 0 <= settings.threshold < 1:
-        raise ConfigError(
-            f"threshold={settings.threshold} is not allowed: give at least 0 and less than 1"
-        )
-    if settings.min_words < 2:
-        raise ConfigError(f"min_words={settings.min_words} is too small: give at least 2")
-    if settings.max_words < settings.min_words:
-        raise ConfigError(
-            f"max_words={settings.max_words} is less than min_words={settings.min_words}: give at"
-            " least as many"
-        )
-    if not 0 < settled <= 1:
-        raise ConfigError(f"settled={settled} is not allowed: give a number above 0, at most 1")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    if batch_tokens < 1:
-        raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
-    if row_length < 0:
-        raise ConfigError(
-            f"row_length={row_length} is not allowed: give at least 2, or 0 for that of training"
-        )
-    if k < 0:
-        raise ConfigError(f"k={k} is not allowed: give at least 1, or 0 for the model's own")
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _neurons(text: str) -> list[tuple[int, int]]:
     """Layer and index of each neuron in "3:417,0:5", each once."""
     found = []
-    for name in _listed(text):
+    for name in arguments.listed(text):
         numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", name)
         if numbers is None:
             raise ConfigError(
@@ -170,19 +140,6 @@ def _neurons(text: str) -> list[tuple[int, int]]:
             )
         found.append((int(numbers[1]), int(numbers[2])))
     return list(dict.fromkeys(found))
-
-
-def _layers(text: str, n_layers: int) -> list[int]:
-    """The layers named, rising; all for ""."""
-    if not text:
-        return list(range(n_layers))
-    names = _listed(text)
-    found = sorted({int(name) for name in names if re.fullmatch(r"[0-9]{1,9}", name)})
-    if not found or len(found) < len(set(names)) or found[-1] >= n_layers:
-        raise ConfigError(
-            f"layers={text!r} is not allowed: give numbers from 0 to {n_layers - 1} with commas"
-        )
-    return found
 
 
 def _check_neurons(wanted: Sequence[tuple[int, int]], layers: Sequence[int], width: int) -> None:
@@ -196,15 +153,6 @@ def _check_neurons(wanted: Sequence[tuple[int, int]], layers: Sequence[int], wid
             raise ConfigError(
                 f"neuron={layer}:{index} is not in the model: give an index from 0 to {width - 1}"
             )
-
-
-def _default_out(last: Checkpoint) -> Path:
-    """neurons/trace in the run's dump_dir, where the checkpoints lie in DUMP_DIR/checkpoints."""
-    if last.folder.parent.name != "checkpoints":
-        raise ConfigError(
-            f"ckpts={str(last.folder.parent)!r} is not the dump_dir of a run: give --out"
-        )
-    return last.folder.parent.parent / FOLDER
 
 
 def _show(trace: Trace, layer: int, index: int) -> None:

@@ -219,7 +219,7 @@ def _collect(
     if on_progress is not None:
         on_progress(unfinished.done.rows)
     try:
-        with torch.no_grad(), _listening(points) as heard:
+        with torch.no_grad(), listening(points) as heard:
             for tokens in batches:
                 heard.clear()
                 forward(tokens)
@@ -280,7 +280,7 @@ def _token_ids(row: Tensor | Sequence[int], i: int, wanted: dict[str, Any]) -> T
 
 
 @dataclass(frozen=True)
-class _Heard:
+class Heard:
     """What one point gave in one forward pass: the shape of its output, and what is kept of it."""
 
     shape: tuple[int, ...]
@@ -288,14 +288,14 @@ class _Heard:
 
 
 @contextmanager
-def _listening(points: Mapping[int, Point]) -> Iterator[dict[int, list[_Heard]]]:
+def listening(points: Mapping[int, Point]) -> Iterator[dict[int, list[Heard]]]:
     """What the points give, by layer, while the block runs; their hooks are removed after it."""
-    heard: dict[int, list[_Heard]] = {}
+    heard: dict[int, list[Heard]] = {}
 
     def hook(layer: int, point: Point) -> Callable[[nn.Module, Any, Tensor], None]:
         def listen(module: nn.Module, arguments: Any, output: Tensor) -> None:
             y = output.detach() if point.transform is None else point.transform(output.detach())
-            heard.setdefault(layer, []).append(_Heard(tuple(y.shape), select(y, point.keep)))
+            heard.setdefault(layer, []).append(Heard(tuple(y.shape), select(y, point.keep)))
 
         return listen
 
@@ -328,7 +328,7 @@ def select(y: Tensor, keep: str | int) -> Survivors:
 
 
 def _checked(
-    heard: dict[int, list[_Heard]], points: Mapping[int, Point], tokens: Tensor, width: int | None
+    heard: dict[int, list[Heard]], points: Mapping[int, Point], tokens: Tensor, width: int | None
 ) -> tuple[dict[int, Survivors], int]:
     """The survivors by layer, and D, which all layers share."""
     for layer in sorted(points):

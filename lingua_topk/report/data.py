@@ -17,6 +17,7 @@ class Layer:
         arrays: measures by name, [D] or [D, n], as `apps.topk.analyze` writes them. Those that
             are missing are shown as not measured.
         words: of each neuron its words with their largest value, largest |value| first.
+        told: bool [D], whether the words say what a neuron fires on; only such are put forward.
     """
 
     index: int
@@ -24,6 +25,7 @@ class Layer:
     kept: str
     arrays: Mapping[str, np.ndarray]
     words: Sequence[Sequence[tuple[str, float]]]
+    told: np.ndarray
 
     @property
     def width(self) -> int:

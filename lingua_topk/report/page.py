@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from lingua_topk.analysis.semantics import told_by_words
 from lingua_topk.report.chunks import narrow, pack, quantised
 from lingua_topk.report.data import Firings, Layer, Report, Text, Trace
 from lingua_topk.report.svg import cleaned
@@ -168,20 +167,12 @@ def _table(report: Report) -> str:
     layers = report.layers
     arrays = {name: np.concatenate([_measure(layer, name) for layer in layers]) for name in COLUMNS}
     arrays["dead"] = np.concatenate([layer.arrays["counts"] == 0 for layer in layers]).astype("u1")
-    arrays["told"] = np.concatenate([_told(layer) for layer in layers]).astype("u1")
+    arrays["told"] = np.concatenate([layer.told for layer in layers]).astype("u1")
     tokens = [_columns(layer.arrays.get("top_tokens"), layer.width, -1) for layer in layers]
     arrays["tops"] = np.concatenate([one[:, :TABLE_TOKENS] for one in _equally_wide(tokens)])
     words = [_words(one, TABLE_WORDS) for one in chain.from_iterable(x.words for x in layers)]
     values = {"words": [[word for word, _ in one] for one in words], "pieces": _pieces(report)}
     return pack(arrays, values)
-
-
-def _told(layer: Layer) -> np.ndarray:
-    """bool [D], see `told_by_words`; all, where that was not measured."""
-    found = [layer.arrays.get(name) for name in ("n_with_vector", "coverage")]
-    return (
-        np.ones(layer.width, bool) if any(one is None for one in found) else told_by_words(*found)
-    )
 
 
 def _measure(layer: Layer, name: str) -> np.ndarray:

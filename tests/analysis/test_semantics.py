@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from lingua_topk.analysis.recording import Block
-from lingua_topk.analysis.semantics import TOP_WORDS, semantic_entropy, semantic_measures
+from lingua_topk.analysis.semantics import (
+    TOP_WORDS,
+    semantic_entropy,
+    semantic_measures,
+    told_by_words,
+)
 from lingua_topk.analysis.vectors import Vectors
 from lingua_topk.analysis.words import Words
 from lingua_topk.errors import ConfigError
@@ -204,3 +209,8 @@ def test_settings_out_of_range(settings, says):
     words, vectors = text_of("a", {"a": X})
     with pytest.raises(ConfigError, match=says):
         semantic_measures(block_of([[(0, 1.0)]]), words, vectors, **settings)
+
+
+def test_a_neuron_is_told_by_its_words_where_they_are_enough_and_most_of_it():
+    n_with_vector, coverage = np.array([5, 4, 50, 5, 0]), np.array([0.2, 0.9, 0.19, 1.0, np.nan])
+    assert told_by_words(n_with_vector, coverage).tolist() == [True, False, False, True, False]

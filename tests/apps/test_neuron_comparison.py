@@ -297,3 +297,11 @@ def test_the_conclusion_is_made_of_the_numbers(of_lower):
         layer["measures"]["token_entropy"]["matched"]["twin"]["median_difference"]["high"] = 0.1
     matched["median_difference"] = {"value": -0.2, "low": -0.3, "high": -0.1}
     assert "all taken together though in none alone" in conclusion(changed)[0]
+
+
+def test_the_conclusion_says_how_monoscore_stands_and_whose_vectors_they_are(tmp_path):
+    out = write_analysis(tmp_path / "out", twin=False)
+    found = compare_neurons(out, vectors="glove\n<b>.txt")["conclusion"]
+    assert found[-1] == "Vectors of words: glove <b>.txt."
+    assert any("MonoScore than their own shuffle" in line for line in found)
+    assert not any("Vectors" in line for line in compare_neurons(out)["conclusion"])

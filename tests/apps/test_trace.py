@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from apps.topk import trace
 from apps.topk.checkpoint import open_checkpoint
-from apps.topk.neurons.corpus import rows_of_corpus
+from apps.topk.neurons.corpus import rows_of_corpus, text_of
 from apps.topk.neurons.reading import reader_of
 from apps.topk.tracing import work
 from apps.topk.tracing.recorder import Recorder
@@ -273,11 +273,11 @@ def test_another_semantic_entropy_is_measured_again(run, traced, tmp_path, measu
 def test_vectors_of_a_file_do_not_need_the_model(run, tmp_path, monkeypatch):
     last = open_checkpoint(run / "checkpoints" / f"{STEPS[-1]:010d}")
     rows = rows_of_corpus(last, [], TOKENS)
-    word = work.text_of(rows, last, "").words.words[0]
+    word = text_of(rows, last, "").words.words[0]
     path = tmp_path / "vectors.txt"
     path.write_text(f"{word} 3 4\n", encoding="utf-8")
     monkeypatch.setattr(type(last), "model", None)
-    text = work.text_of(rows, last, str(path))
+    text = text_of(rows, last, str(path))
     assert text.vectors.vectors[0] == pytest.approx([0.6, 0.8])
 
 
@@ -311,7 +311,7 @@ MISTAKES = [
     (["--device", "gpu"], "device='gpu' is not known"),
     (["--k", "-1"], "k=-1 is not allowed"),
     (["--row_length", "-1"], "row_length=-1 is not allowed"),
-    (["--batch_tokens", "0"], "batch_tokens=0 is not allowed"),
+    (["--batch_tokens", "0"], "batch_tokens=0 is too small"),
     (["--vectors", "nowhere.txt"], "vectors='nowhere.txt' is not there"),
     (["--row_length", "33"], "row_length=33 is not allowed"),
 ]

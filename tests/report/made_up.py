@@ -4,7 +4,6 @@ Layer 0 has TopK: neuron 7 fires on one token, 8 is dead, 9 fires on every hosti
 others on a few tokens each. Layer 2 has none, and values of both signs.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +39,9 @@ ROWS, LENGTH = 14, 40
 LAYERS = (0, 2)
 ONE_TOKEN, DEAD, ON_HOSTILE = 7, 8, 9
 RIVER = PIECES.index(b" river")
+TRACE = {
+    "annealed_at": 100, "corpus": {"tokens": 1234}, "settings": {"vectors": "others <b>"},
+}  # fmt: skip
 SETTINGS = Settings(min_words=3, contexts=3, context_tokens=12)
 
 
@@ -143,4 +145,4 @@ def write_trace(folder: Path, draws: np.random.Generator) -> None:
     drawing = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><script>alert(4)</script>'
     drawing += '<rect width="9" height="9" style="fill: #ff0000" onclick="alert(5)"/></svg>'
     write_text(folder / "settling.svg", drawing)
-    write_json(folder / "trace.json", json.loads(json.dumps({"annealed_at": 100})))
+    write_json(folder / "trace.json", TRACE)

@@ -40,7 +40,8 @@ def chunks_of(html):
 
 def small(**changes) -> Report:
     """Three neurons of one layer, with nothing measured but how often they fire."""
-    layer = Layer(4, True, "survivors", {"counts": np.array([3, 0, 1])}, [[("a", 2.0)], [], []])
+    layer = Layer(4, True, "survivors", {"counts": np.array([3, 0, 1])}, [[("a", 2.0)], [], []],
+                  np.array([True, False, False]))  # fmt: skip
     given = {"title": "t", "facts": [("a", "b")], "layers": [layer], "pieces": [b"a", b"\xff", b""],
              "rows": np.array([[0, 1, 2, 0]])}  # fmt: skip
     return Report(**{**given, **changes})
@@ -142,7 +143,7 @@ def test_contexts_hold_their_tokens_and_nothing_beyond_their_row():
         "context_rows": np.array([[1, 0, -1]]), "context_positions": np.array([[3, 0, -1]]),
         "context_starts": np.array([[2, 0, -1]]),
         "context_values": np.array([[[0, 4, 9], [-2, 0, 0], [7, 7, 7]]], dtype=np.float32),
-    }, [[]])  # fmt: skip
+    }, [[]], np.array([False]))  # fmt: skip
     rows = np.array([[0, 1, 1, 0], [1, 0, 0, 1]])
     arrays, _ = chunks_of(page(small(layers=[layer], rows=rows)))["0-0"]
     assert arrays["context_tokens"].tolist() == [[[0, 1, 3], [0, 1, 1], [3, 3, 3]]]

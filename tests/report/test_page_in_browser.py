@@ -104,6 +104,24 @@ def numbers(colour):
     return [float(c) for c in ALPHA.fullmatch(colour).groups()[:3]]
 
 
+def test_only_neurons_that_their_words_tell_about_are_put_forward(browser, tmp_path):
+    """The first has the highest MonoScore, of a word that holds little of what it does."""
+    arrays = {
+        "counts": np.full(3, 9), "mono_score": np.array([0.9, 0.5, 0.7]),
+        "semantic_entropy": np.array([0.1, 1.0, 2.0]),
+    }  # fmt: skip
+    words = [[("one", 1.0)], [("two", 1.0)], [("three", 1.0)]]
+    layer = Layer(0, True, "survivors", arrays, words, np.array([False, True, True]))
+    path = tmp_path / "report.html"
+    report = Report("told", [], [layer], [b"a"], np.zeros((1, 4), np.int32))
+    path.write_text(written(report), encoding="utf-8")
+    with opened(browser, path) as tab:
+        tab.wait_for_selector("#starts li")
+        lists = tab.locator("#starts ol").all_inner_texts()
+        assert ["one" in one for one in lists] == [False, False]
+        assert [one.index("two") < one.index("three") for one in lists] == [True, False]
+
+
 def test_the_overview_says_what_was_analysed(browser, file, data):
     with opened(browser, file) as tab:
         assert "20, residual site, layers 0" in tab.inner_text("#facts")
@@ -111,6 +129,7 @@ def test_the_overview_says_what_was_analysed(browser, file, data):
             assert sentence[:60] in tab.inner_text("#sentences")
         assert tab.locator("#starts li").count() > 5
         assert tab.locator(".figures figure svg").count() == 2
+        assert "1,234 tokens; vectors of words: others <b>." in tab.inner_text(".figures")
         assert tab.locator("#tables table").count() == len(data.tables)
 
 
@@ -363,7 +382,14 @@ def test_a_browser_that_cannot_unpack_is_told_so(browser, file):
 
 def test_five_thousand_neurons_open(browser, tmp_path):
     layers = [
-        Layer(i, True, "survivors", {"counts": np.ones(1000, np.int64)}, [[("word", 1.0)]] * 1000)
+        Layer(
+            i,
+            True,
+            "survivors",
+            {"counts": np.ones(1000, np.int64)},
+            [[("word", 1.0)]] * 1000,
+            np.ones(1000, bool),
+        )
         for i in range(5)
     ]
     path = tmp_path / "report.html"

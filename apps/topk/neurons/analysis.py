@@ -15,12 +15,10 @@ from apps.topk.checkpoint import DTYPES, Checkpoint
 from apps.topk.corpus import progress
 from apps.topk.model import TopKTransformer
 from apps.topk.neurons import comparison, folder
-from apps.topk.neurons.corpus import Rows
+from apps.topk.neurons.corpus import Rows, text_of
 from apps.topk.neurons.measures import Settings, Text, measure_layer, next_tokens
 from apps.topk.neurons.reading import record_model
 from apps.topk.provenance import provenance, write_json
-from lingua_topk.analysis.vectors import read_vectors
-from lingua_topk.analysis.words import words_of
 from lingua_topk.errors import ConfigError
 
 INPUTS_NAME = "inputs.json"
@@ -56,18 +54,18 @@ class Analysis:
         ConfigError where `out` holds something else.
         """
         model = self._loaded(self.checkpoint)
-        text = self._text(model)
-        self.vectors_digest = hashlib.sha256(text.vectors.vectors.tobytes()).hexdigest()
+        embedding = model.tok_embeddings.weight
+        self.text = text_of(self.rows, self.checkpoint, self.vectors_from, embedding)
         self._begin()  # now that what is wrong with the arguments is known
-        shuffled = text.shuffled(self.settings.seed)
-        self._measure(folder.MODEL, model, text, shuffled)
-        self._measure(folder.RANDOM, self._random(self.checkpoint), text, shuffled)
+        self._measure(folder.MODEL, model)
+        self._measure(folder.RANDOM, self._random(self.checkpoint))
         if self.twin is not None:
-            self._measure(folder.TWIN, self._loaded(self.twin), text, shuffled)
-            self._measure(folder.RANDOM_TWIN, self._random(self.twin), text, shuffled)
-        compared = comparison.compare_neurons(self.out, self.settings.seed)
+            self._measure(folder.TWIN, self._loaded(self.twin))
+            self._measure(folder.RANDOM_TWIN, self._random(self.twin))
+        vectors = self.text.vectors.source
+        compared = comparison.compare_neurons(self.out, self.settings.seed, vectors)
         comparison.write_comparison(self.out, compared)
-        folder.write_analysis(self.out, self._described(text))
+        folder.write_analysis(self.out, self._described())
         return compared
 
     @cached_property
@@ -82,9 +80,13 @@ class Analysis:
             "settings": asdict(self.settings),
             "layers": self.layers,
             "k": self.k,
-            "vectors": self.vectors_digest,
+            "vectors": hashlib.sha256(self.text.vectors.vectors.tobytes()).hexdigest(),
             "dtype": self.dtype,
         }
+
+    @cached_property
+    def _shuffled(self) -> Text:
+        return self.text.shuffled(self.settings.seed)
 
     def _begin(self) -> None:
         path = self.out / INPUTS_NAME
@@ -126,18 +128,7 @@ class Analysis:
             parameter.data = parameter.data.to(DTYPES[self.dtype])
         return model.eval().requires_grad_(False).to(self.device)
 
-    def _text(self, model: nn.Module) -> Text:
-        words = words_of(self.rows.tokens, self.rows.pieces)
-        tokenizer = self.checkpoint.tokenizer()
-        vectors = read_vectors(
-            self.vectors_from,
-            words.words,
-            model.tok_embeddings.weight.detach().float().cpu(),
-            lambda word: tokenizer.encode(f" {word}", add_bos=False, add_eos=False),
-        )
-        return Text(self.rows.tokens, words, vectors)
-
-    def _measure(self, part: str, model: nn.Module, text: Text, shuffled: Text) -> None:
+    def _measure(self, part: str, model: nn.Module) -> None:
         """Record and measure the layers that are not measured yet."""
         place = self.out / part
         inputs = {"part": part, **self.inputs}
@@ -165,7 +156,9 @@ class Analysis:
         with progress.bar(f"measuring {part}", len(todo), "layer") as shown:
             for i in progress.ticking(todo, shown):
                 layer = recording.layer(i)
-                measured = measure_layer(layer, text, shuffled, vocab_size, self.settings)
+                measured = measure_layer(
+                    layer, self.text, self._shuffled, vocab_size, self.settings
+                )
                 measured.arrays.update(promoted)
                 folder.write_layer(place, layer, measured, digest)
         if not keeps:
@@ -177,7 +170,7 @@ class Analysis:
         topk = self.checkpoint.model_args.topk
         return topk and topk.site
 
-    def _described(self, text: Text) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
         twin = [folder.TWIN, folder.RANDOM_TWIN] if self.twin else []
         return {
             "parts": [folder.MODEL, folder.RANDOM, *twin],
@@ -188,7 +181,7 @@ class Analysis:
             "corpus": self.rows.describe(),
             "layers": self.layers,
             "k": self.k,
-            "vectors": text.vectors.source,
+            "vectors": self.text.vectors.source,
             "settings": asdict(self.settings),
             "dtype": self.dtype,
             "provenance": provenance(),

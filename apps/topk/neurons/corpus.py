@@ -6,11 +6,16 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from apps.topk.checkpoint import Checkpoint
 from apps.topk.corpus import progress
 from apps.topk.corpus.tally import Tally
 from apps.topk.evaluation.sources import ValidationArgs, find_sources
+from apps.topk.neurons.measures import Text
+from lingua_topk.analysis.vectors import read_vectors
+from lingua_topk.analysis.words import words_of
 from lingua_topk.errors import ConfigError, DataError
 
 LEAST_ROWS = 8  # fewer say nothing of a neuron
@@ -71,6 +76,29 @@ def rows_of_corpus(
             f" need at least {LEAST_ROWS}; give more text, or a smaller --row_length"
         )
     return Rows(found, token_pieces(tokenizer, checkpoint.model_args.vocab_size), reader.sources)
+
+
+def text_of(
+    rows: Rows, checkpoint: Checkpoint, vectors: str, embedding: Tensor | None = None
+) -> Text:
+    """The rows with their words, and the words' vectors.
+
+    vectors: as `read_vectors` takes it, "" for the checkpoint's own embeddings. embedding: those,
+    float [V, D], where they are in memory already.
+    """
+    if vectors:
+        embedding = torch.empty(0)  # not looked at
+    elif embedding is None:
+        embedding = checkpoint.model("cpu", torch.float32).tok_embeddings.weight
+    tokenizer = checkpoint.tokenizer()
+    words = words_of(rows.tokens, rows.pieces)
+    found = read_vectors(
+        vectors,
+        words.words,
+        embedding,
+        lambda word: tokenizer.encode(f" {word}", add_bos=False, add_eos=False),
+    )
+    return Text(rows.tokens, words, found)
 
 
 class _Reader:

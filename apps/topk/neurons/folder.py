@@ -11,7 +11,6 @@ OUT/
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from apps.topk.neurons.measures import Measured
-from apps.topk.provenance import write_json, write_text
+from apps.topk.provenance import write_bytes, write_json, write_text
 from lingua_topk.analysis.recording import LayerRecording
+from lingua_topk.analysis.semantics import told_by_words
 from lingua_topk.errors import DataError
 
 VERSION = 1
@@ -51,6 +51,11 @@ class MeasuredLayer:
     arrays: dict[str, np.ndarray]
     words: list[list[tuple[str, float]]]
 
+    @property
+    def told(self) -> np.ndarray:
+        """bool [D], see `told_by_words`."""
+        return told_by_words(self.arrays["n_with_vector"], self.arrays["coverage"])
+
 
 def write_layer(folder: Path, layer: LayerRecording, measured: Measured, inputs: str) -> None:
     """Write a layer's files. inputs: a digest of what they are made from; see `is_measured`."""
@@ -63,7 +68,7 @@ def write_layer(folder: Path, layer: LayerRecording, measured: Measured, inputs:
         "layer": str(layer.index), "is_topk": str(layer.is_topk).lower(), "kept": layer.kept,
         "n_tokens": str(layer.n_tokens), "inputs": inputs,
     }  # fmt: skip
-    _write_whole(_arrays_path(folder, layer.index), save(measured.arrays, metadata))
+    write_bytes(_arrays_path(folder, layer.index), save(measured.arrays, metadata))
 
 
 def is_measured(folder: Path, layer: int, inputs: str) -> bool:
@@ -129,16 +134,3 @@ def _arrays_path(folder: Path, layer: int) -> Path:
 
 def _words_path(folder: Path, layer: int) -> Path:
     return folder / "words" / f"{layer:02d}.jsonl"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

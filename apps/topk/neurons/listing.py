@@ -6,7 +6,6 @@ import numpy as np
 
 from apps.topk.neurons.folder import MeasuredLayer
 from apps.topk.terminal import shown
-from lingua_topk.analysis.semantics import told_by_words
 
 WORDS = 10  # a neuron
 
@@ -22,8 +21,7 @@ def extreme_neurons(
     found = []
     for one in layers:
         values = one.arrays[measure]
-        told = told_by_words(one.arrays["n_with_vector"], one.arrays["coverage"])
-        for neuron in np.flatnonzero(told & np.isfinite(values)) if one.is_topk else ():
+        for neuron in np.flatnonzero(one.told & np.isfinite(values)) if one.is_topk else ():
             words = [word for word, _ in one.words[neuron][:WORDS]]
             found.append((one.index, int(neuron), float(values[neuron]), words))
     found.sort(key=lambda entry: (-entry[2] if highest else entry[2], *entry[:2]))

@@ -57,7 +57,10 @@ def read_page_data(
     return Report(
         title=_title(about),
         facts=_facts(about, recording),
-        layers=[Layer(one.index, one.is_topk, one.kept, one.arrays, one.words) for one in layers],
+        layers=[
+            Layer(one.index, one.is_topk, one.kept, one.arrays, one.words, one.told)
+            for one in layers
+        ],
         pieces=pieces,
         special=special,
         rows=recording.tokens,
@@ -165,8 +168,10 @@ def _figures(folder: Path) -> Iterator[Figure]:
 def _traced_on(path: Path) -> str:
     """What the trace was made with, which may be other text and vectors than the analysis."""
     about = _read_json(path)
+    if about is None:
+        return ""
     try:
-        return about and (
+        return (
             f"From the trace over the run's checkpoints: {about['corpus']['tokens']:,} tokens;"
             f" vectors of words: {about['settings']['vectors']}."
         )

@@ -1,5 +1,6 @@
 """A model reads the rows of a corpus, and what fires in it is recorded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def record_model(
     *,
     layers: list[int],
     k: int | None,
-    site: str | None,
+    site: str | None = None,
+    keep: int | None = None,
     batch_rows: int,
     inputs: dict[str, Any],
     name: str,
@@ -46,10 +48,13 @@ def record_model(
 
     TopK layers keep their survivors, others the k values a token of largest magnitude, all where
     k is None. One that was stopped goes on, one that is finished is taken as it is; `inputs`
-    tells whether it is of the same model and text. site: as in `points_of`. name: of the model,
+    tells whether it is of the same model and text. keep: so many values of every layer, of those
+    with TopK too. site: as in `points_of`. name: of the model,
     for the files; label: of the progress bar.
     """
     points = points_of(model, layers, k, site)
+    if keep is not None:
+        points = {layer: replace(point, keep=keep) for layer, point in points.items()}
     with progress.bar(label, tokens.size, "tok") as shown:
         return record(
             reader_of(model), points, torch.from_numpy(tokens), row_length=tokens.shape[1],

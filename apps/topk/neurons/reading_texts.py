@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apps.topk.neurons.page_data import strongest_firings
 from apps.topk.neurons.reading import reader_of
-from lingua_topk.analysis.record import Point, points_of, select
+from lingua_topk.analysis.record import Point, listening, points_of
 from lingua_topk.errors import ConfigError
 from lingua_topk.report.data import Firings, Text
 
@@ -51,24 +51,11 @@ def read_texts(
 
 def _heard(read, points: dict[int, Point], tokens: Tensor) -> dict[int, Firings]:
     """What is kept at the points when the model reads one row of tokens, int64 [1, S]."""
-    found: dict[int, Firings] = {}
-
-    def listener(layer: int, point: Point):
-        def listen(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            y = output if point.transform is None else point.transform(output)
-            kept = select(y, point.keep)
-            positions = np.repeat(np.arange(len(kept.counts)), kept.counts)
-            found[layer] = Firings(positions, kept.neurons, kept.values)
-
-        return listen
-
-    handles = [
-        point.module.register_forward_hook(listener(layer, point))
-        for layer, point in points.items()
-    ]
-    try:
+    with listening(points) as heard:
         read(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    found = {}
+    for layer, (one,) in heard.items():
+        kept = one.survivors
+        positions = np.repeat(np.arange(len(kept.counts)), kept.counts)
+        found[layer] = Firings(positions, kept.neurons, kept.values)
     return found

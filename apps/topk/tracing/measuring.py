@@ -1,7 +1,6 @@
 """What is measured of every neuron at one checkpoint, and in files that a later run reads."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from apps.topk.neurons.measures import Settings, Text
+from apps.topk.provenance import write_bytes
 from lingua_topk.analysis import neurons
 from lingua_topk.analysis.recording import LayerRecording, Recording
 from lingua_topk.analysis.semantics import semantic_measures
@@ -88,17 +88,9 @@ def stacked(measured: Sequence[Arrays]) -> Arrays:
 
 def write_arrays(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
     """A safetensors file, whole or not at all; values of `metadata` as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, texts))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_bytes(path, save(content, texts))
 
 
 def read_arrays(path: Path, inputs: Mapping[str, Any]) -> Arrays | None:

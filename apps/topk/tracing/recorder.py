@@ -1,7 +1,7 @@
 """The activations of one checkpoint, kept alike in every layer and at every checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,7 @@ import torch
 
 from apps.main.transformer import LMTransformer
 from apps.topk.checkpoint import DTYPES, Checkpoint
-from apps.topk.corpus import progress
-from apps.topk.neurons.reading import reader_of
-from lingua_topk.analysis.record import points_of, record
+from apps.topk.neurons.reading import record_model
 from lingua_topk.analysis.recording import Recording
 
 
@@ -55,15 +53,19 @@ class Recorder:
         One that was stopped goes on, one that is finished is taken as it is.
         """
         model = checkpoint.model(self.device, DTYPES[self.dtype], self.as_trained)
-        points = points_of(model, self.layers, self.k)
-        points = {layer: replace(point, keep=self.k) for layer, point in points.items()}
-        with progress.bar(label, tokens.size, "tok") as shown:
-            return record(
-                reader_of(model), points, torch.from_numpy(tokens), row_length=tokens.shape[1],
-                n_rows=len(tokens), out=out, batch_rows=self.batch_rows, inputs=inputs,
-                model_name=str(checkpoint.folder), vocab_size=checkpoint.model_args.vocab_size,
-                on_progress=lambda rows: shown.update(rows * tokens.shape[1] - shown.n),
-            )  # fmt: skip
+        return record_model(
+            model,
+            tokens,
+            out,
+            layers=list(self.layers),
+            k=self.k,
+            keep=self.k,
+            batch_rows=self.batch_rows,
+            inputs=inputs,
+            name=str(checkpoint.folder),
+            vocab_size=checkpoint.model_args.vocab_size,
+            label=label,
+        )
 
 
 def topk_layers(checkpoint: Checkpoint) -> list[int]:

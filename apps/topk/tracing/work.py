@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from apps.topk.checkpoint import Checkpoint
 from apps.topk.corpus import progress
@@ -34,8 +33,6 @@ from apps.topk.tracing.recorder import Recorder, topk_layers
 from apps.topk.tracing.summary import Trace
 from lingua_topk.analysis.recording import Recording
 from lingua_topk.analysis.trace import NEVER, settled_at
-from lingua_topk.analysis.vectors import read_vectors
-from lingua_topk.analysis.words import words_of
 
 # Raised when the same inputs begin to give other numbers.
 FORMAT = 1
@@ -145,23 +142,6 @@ class Work:
         place = list(self.checkpoints).index(checkpoint) + 1
         label = f"step {checkpoint.step} ({place} of {len(self.checkpoints)})"
         return self.recorder.record(checkpoint, self.rows.tokens, out, inputs, label)
-
-
-def text_of(rows: Rows, last: Checkpoint, vectors: str) -> Text:
-    """The rows with their words; vectors: what `read_vectors` takes, "" for `last`'s embeddings."""
-    words = words_of(rows.tokens, rows.pieces)
-    tokenizer = last.tokenizer()
-    if vectors:
-        embedding = torch.empty(0)  # not looked at: no need to read the model
-    else:
-        embedding = last.model("cpu", torch.float32).tok_embeddings.weight
-    found = read_vectors(
-        vectors,
-        words.words,
-        embedding,
-        lambda word: tokenizer.encode(f" {word}", add_bos=False, add_eos=False),
-    )
-    return Text(rows.tokens, words, found)
 
 
 def _digest(content: bytes) -> str:
