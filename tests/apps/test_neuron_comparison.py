@@ -302,6 +302,6 @@ def test_the_conclusion_is_made_of_the_numbers(of_lower):
 def test_the_conclusion_says_how_monoscore_stands_and_whose_vectors_they_are(tmp_path):
     out = write_analysis(tmp_path / "out", twin=False)
     found = compare_neurons(out, vectors="glove\n<b>.txt")["conclusion"]
-    assert found[-1] == "Vectors of words: glove <b>.txt."
+    assert "Vectors of words: glove <b>.txt." in found
     assert any("MonoScore than their own shuffle" in line for line in found)
     assert not any("Vectors" in line for line in compare_neurons(out)["conclusion"])
