@@ -70,11 +70,12 @@ function leave(event) {
 
 const THEMES = ["auto", "light", "dark"];
 const STORED = "lingua_topk report theme";
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 
 function setTheme(theme) {
   const button = byId("theme");
-  if (theme === "auto") document.documentElement.removeAttribute("data-theme");
-  else document.documentElement.setAttribute("data-theme", theme);
+  const preferred = prefersDark.matches ? "dark" : "light";
+  document.documentElement.setAttribute("data-theme", theme === "auto" ? preferred : theme);
   button.textContent = { auto: "◐ auto", light: "○ light", dark: "● dark" }[theme];
   button.setAttribute("aria-label", `Colours: ${theme}; press to change`);
   button.dataset.theme = theme;
@@ -101,6 +102,7 @@ function nextTheme() {
 
 setTheme(storedTheme());
 byId("theme").addEventListener("click", nextTheme);
+prefersDark.addEventListener("change", () => setTheme(byId("theme").dataset.theme));
 byId("words").addEventListener("input", listTexts);
 byId("text-filters").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("keydown", leave);
