@@ -1,9 +1,9 @@
 """Continuing texts: batched, with cached keys and values, streamed, greedy or drawn.
 
 The model runs through `inference.hidden_states`, so forward hooks on its modules act on the
-prompt and on every generated token. A batch is prompts of different lengths, each with its own
-positions and its own draws: what becomes of one does not depend on the others, but for the
-rounding of the matrix products.
+prompt and on every generated token, and `lingua_topk.steering.steer` knows which is which. A
+batch is prompts of different lengths, each with its own positions and its own draws: what becomes
+of one does not depend on the others, but for the rounding of the matrix products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +70,8 @@ class Generator:
         batch_tokens: positions that are cached at once; a batch has as many rows as fit, at
             least one.
         add_bos: begin every prompt with bos, where the tokenizer has one.
+        use_cache: keep keys and values; without, every token reads the whole text again, which is
+            slow, and plainly what is meant.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Generator:
         tokenizer: Any,
         batch_tokens: int = BATCH_TOKENS,
         add_bos: bool = True,
+        use_cache: bool = True,
     ):
         if batch_tokens < 1:
             raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
@@ -86,6 +89,7 @@ class Generator:
         self.batch_tokens = batch_tokens
         self.add_bos = add_bos and _special(tokenizer, "bos_id") is not None
         self.eos_id = _special(tokenizer, "eos_id")
+        self.use_cache = use_cache
 
     def generate(
         self,
@@ -187,8 +191,8 @@ class Generator:
     def _run(self, rows: list[_Row], slots: int, sampling: Sampling) -> Iterator[tuple[_Row, str]]:
         """Every row with a piece of its text, again and again; the last time with its reason."""
         allowed = self._allowed(sampling.ignore_eos)  # bool [V]
-        cache = KVCache(len(self.model.layers), slots)
-        h = self._read_prompts(rows, cache)  # [B, D]
+        cache = KVCache(len(self.model.layers), slots) if self.use_cache else None
+        h = self._read_texts(rows, cache)  # [B, D]
         while True:
             logits = self.model.output(h)  # [B, V]
             tokens = next_tokens(logits, allowed, sampling, [row.draws for row in rows])
@@ -198,9 +202,10 @@ class Generator:
             if not kept:
                 return
             if len(kept) < len(rows):
-                cache.keep_rows(self._tensor(kept))
                 rows = [rows[place] for place in kept]
-            h = self._read_last(rows, cache)
+                if cache is not None:
+                    cache.keep_rows(self._tensor(kept))
+            h = self._read_texts(rows, None) if cache is None else self._read_last(rows, cache)
 
     def _take(self, row: _Row, token: int, sampling: Sampling) -> str:
         """Give a row its next token, and its reason if that was the last; the new text."""
@@ -227,23 +232,22 @@ class Generator:
             row.reason = "stop" if row.stream.is_stopped else row.reason
         return piece
 
-    def _read_prompts(self, rows: list[_Row], cache: KVCache) -> Tensor:
-        """Fill the cache with the prompts; the hidden state of the last token of each, [B, D].
+    def _read_texts(self, rows: list[_Row], cache: KVCache | None) -> Tensor:
+        """Read all tokens of the rows; the hidden state of the last token of each, [B, D].
 
-        In pieces. Behind a shorter prompt stands padding, which no token sees: hooks are given it,
-        and its slots are taken by the tokens that are generated.
+        In pieces, where a cache is to be filled. Behind a shorter text stands padding, which no
+        token sees: hooks are given it, and its slots are taken by the tokens that are generated.
         """
-        lengths = [len(row.ids) for row in rows]
-        longest = max(lengths)
-        padded = self._tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])  # [B, S]
-        places = self._tensor(lengths) - 1  # [B]
+        ids = [row.ids + row.tokens for row in rows]
+        longest = max(map(len, ids))
+        padded = self._tensor([one + [0] * (longest - len(one)) for one in ids])  # [B, S]
+        places = self._tensor(list(map(len, ids))) - 1  # [B]
         size = max(min(self.batch_tokens // len(rows), MASK_ELEMENTS // longest), 1)
         last = None
-        for start in range(0, longest, size):
-            tokens = padded[:, start : start + size]  # [B, s]
+        for start in range(0, longest, longest if cache is None else size):
+            tokens = padded[:, start : start + (longest if cache is None else size)]  # [B, s]
             here = torch.arange(start, start + tokens.shape[1], device=padded.device)[None]
-            mask = self._mask(here)  # [1, s, T]
-            h = hidden_states(self.model, tokens, here.expand_as(tokens), mask, cache)  # [B, s, D]
+            h = self._hidden_states(rows, tokens, here, cache)  # [B, s, D]
             last = h.new_zeros(len(rows), h.shape[-1]) if last is None else last
             found = here == places[:, None]  # bool [B, s], at most one in a row
             last[found.any(dim=1)] = h[found]
@@ -253,7 +257,17 @@ class Generator:
         """Read the token that each row was given last; its hidden state, [B, D]."""
         tokens = self._tensor([[row.tokens[-1]] for row in rows])  # [B, 1]
         positions = self._tensor([[len(row) - 1] for row in rows])
-        return hidden_states(self.model, tokens, positions, self._mask(positions), cache)[:, 0]
+        return self._hidden_states(rows, tokens, positions, cache)[:, 0]
+
+    def _hidden_states(
+        self, rows: list[_Row], tokens: Tensor, positions: Tensor, cache: KVCache | None
+    ) -> Tensor:
+        """Of tokens [B, S] at `positions`, [B, S] or the same for all, [1, S]: [B, S, D]."""
+        return hidden_states(
+            self.model, tokens, positions.expand_as(tokens), self._mask(positions), cache,
+            prompt_lengths=self._tensor([len(row.ids) for row in rows]),
+            texts=self._tensor([row.index for row in rows]),
+        )  # fmt: skip
 
     def _mask(self, positions: Tensor) -> Tensor:
         """Which slots of the cache tokens at `positions` [B, S] see: bool [B, S, T]."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apps.topk import lingua_host
 from lingua.transformer import apply_rotary_emb, repeat_kv
+from lingua_topk.steering.places import Places, reading
 
 CAUSAL = "causal"
 
@@ -71,6 +72,8 @@ def hidden_states(
     positions: Tensor,
     mask: Tensor | str,
     cache: KVCache | None = None,
+    prompt_lengths: Tensor | None = None,
+    texts: Tensor | None = None,
 ) -> Tensor:
     """What `model.output` makes logits of: [B, S, D], after the final norm.
 
@@ -82,11 +85,14 @@ def hidden_states(
             of its slots as there is something in. Or "causal", without a cache: a token sees
             itself and those before it in its row.
         cache: keys and values of earlier tokens, to which those of these are added.
+        prompt_lengths, texts: for interventions that act at some places only, see
+            `lingua_topk.steering.Places`.
     """
     freqs = model.rope_embeddings(tok_idx=positions.flatten())  # [B S, E / 2, 2, 2]
     h = model.tok_embeddings(tokens)  # [B, S, D]
     mask = mask if isinstance(mask, str) else mask[:, None]  # for all heads
-    with _attention_replaced(model, positions, cache):
+    places = Places(positions, prompt_lengths, texts)
+    with _attention_replaced(model, positions, cache), reading(places):
         for block in model.layers:
             h = block(h, freqs, tok_idx=None, mask=mask, attn_impl="sdpa")
     return model.norm(h)

@@ -1,0 +1,1 @@
+"""Steering a checkpoint: which neurons are handles, what turning them does, and what it costs."""

@@ -1,0 +1,226 @@
+"""Neurons that can be turned, with what is known of them from an analysis.
+
+A neuron that detects a thing need not produce it, so that a good handle is told by two numbers:
+the semantic entropy of the words it fires on, from the analysis, and an output score, from raising
+it and looking at what the model says next.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apps.topk.inference import CAUSAL, hidden_states, visible, window_of
+from apps.topk.neurons.folder import MODEL, MeasuredLayer, read_analysis, read_layers
+from lingua_topk.errors import ConfigError, DataError
+from lingua_topk.steering import Add, steer
+
+NAME = re.compile(r"(\d{1,9}):(\d{1,9})")
+SHOWN_WORDS = 3  # of the nearest, in a message
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A neuron of a layer.
+
+    Attributes:
+        words: what it fires on, strongest first.
+        semantic_entropy: of those, in bits; NaN where they are too few.
+        firing_rate: share of the tokens that it fires on.
+        mean, maximum: of its |value| where it fires; 0 where it never does.
+        output_score: in nats, how much likelier its words become as the next word when it is
+            raised by its maximum; None where that was not measured.
+    """
+
+    layer: int
+    neuron: int
+    words: tuple[str, ...]
+    semantic_entropy: float
+    firing_rate: float
+    mean: float
+    maximum: float
+    output_score: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}:{self.neuron}"
+
+
+def parse_name(name: str, field: str = "neuron") -> tuple[int, int]:
+    """Layer and neuron of a name such as 3:417."""
+    match = NAME.fullmatch(name.strip())
+    if match is None:
+        raise ConfigError(f"{field}={name!r} is no neuron: give LAYER:NEURON, such as 3:417")
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class Handles:
+    """The neurons of all layers of an analysis."""
+
+    folder: Path
+    layers: tuple[MeasuredLayer, ...]
+
+    def named(self, name: str) -> Handle:
+        """The neuron LAYER:NEURON. ConfigError, with the nearest, for one that is not there."""
+        layer, neuron = parse_name(name)
+        found = {one.index: one for one in self.layers}
+        if layer not in found:
+            nearest = min(found, key=lambda index: abs(index - layer))
+            raise ConfigError(
+                f"neuron={name!r}: layer {layer} is not one that was analysed:"
+                f" {', '.join(map(str, found))}; the nearest is {nearest}"
+            )
+        width = len(found[layer].arrays["counts"])
+        if neuron >= width:
+            raise ConfigError(
+                f"neuron={name!r} is not there: layer {layer} has 0 to {width - 1}; the nearest is"
+                f" {layer}:{width - 1}"
+            )
+        return self._handle(found[layer], neuron)
+
+    def of_word(self, word: str) -> list[Handle]:
+        """The neurons that fire on a word, those for which it comes first in front.
+
+        Among those for which it is as far in front, the ones that say least else (the lowest
+        semantic entropy). Of the layers with TopK. ConfigError, with the nearest words, where there
+        is none.
+        """
+        wanted = word.strip().lower().replace("\u2019", "'")
+        places = self._places_of_words.get(wanted)
+        if not places:
+            near = difflib.get_close_matches(wanted, self._places_of_words, SHOWN_WORDS, 0.6)
+            nearest = f"the nearest are {', '.join(near)}" if near else "none is near it"
+            raise ConfigError(
+                f"concept={word!r} is not among the words that a neuron fires on: {nearest}; --list"
+                " shows neurons with their words"
+            )
+        found = [(rank, self._handle(layer, neuron)) for rank, layer, neuron in places]
+        found.sort(key=lambda one: (one[0], _falling_last(one[1].semantic_entropy)))
+        return [handle for _, handle in found]
+
+    def shortlist(self, n: int) -> list[Handle]:
+        """The `n` neurons of lowest semantic entropy that are told by their words."""
+        found = []
+        for layer in self.layers:
+            entropies = layer.arrays["semantic_entropy"]
+            chosen = layer.told & np.isfinite(entropies) & layer.is_topk
+            found += [
+                (float(entropies[i]), layer.index, int(i), layer) for i in np.flatnonzero(chosen)
+            ]
+        found.sort(key=lambda one: one[:3])
+        return [self._handle(layer, neuron) for _, _, neuron, layer in found[:n]]
+
+    def all_of(self, layer: int) -> list[Handle]:
+        """All neurons of a layer."""
+        (one,) = (one for one in self.layers if one.index == layer)
+        return [self._handle(one, neuron) for neuron in range(len(one.arrays["counts"]))]
+
+    def strengths(self, unit: str) -> dict[int, np.ndarray]:
+        """By layer the `mean` or the `maximum` of each neuron, [D], for `in_units_of`."""
+        return {one.index: one.arrays[unit] for one in self.layers}
+
+    @cached_property
+    def _places_of_words(self) -> dict[str, list[tuple[int, MeasuredLayer, int]]]:
+        """Of every word where it stands in which neuron's list."""
+        places: dict[str, list[tuple[int, MeasuredLayer, int]]] = {}
+        for layer in self.layers:
+            for neuron, words in enumerate(layer.words if layer.is_topk else ()):
+                for rank, (word, _) in enumerate(words):
+                    places.setdefault(word, []).append((rank, layer, neuron))
+        return places
+
+    @staticmethod
+    def _handle(layer: MeasuredLayer, neuron: int) -> Handle:
+        numbers = (
+            float(layer.arrays[name][neuron])
+            for name in ("semantic_entropy", "firing_rate", "mean", "maximum")
+        )
+        words = tuple(word for word, _ in layer.words[neuron])
+        return Handle(layer.index, neuron, words, *numbers)
+
+
+def _falling_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def read_handles(analysis: Path, part: str = MODEL) -> Handles:
+    """The neurons in the folder of an analysis; `part` as in `apps.topk.neurons.folder`.
+
+    DataError where there is no finished analysis, or none of that part.
+    """
+    read_analysis(analysis)
+    layers = read_layers(analysis / part)
+    if not layers:
+        raise DataError(f"{analysis} has no {part}: analyse again, with --twin for the twin's")
+    return Handles(analysis, tuple(layers))
+
+
+# The output score --------------------------------------------------------------------------
+
+
+def next_word_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> list[int]:
+    """The tokens that these words begin with after a space, each once, rising."""
+    return sorted({ids[0] for word in words if (ids := encode(f" {word}"))})
+
+
+def last_log_probabilities(model: nn.Module, rows: Tensor) -> Tensor:
+    """What the model gives the next token after each of the rows, int64 [P, S]: nats [P, V]."""
+    rows = rows.to(next(model.parameters()).device)
+    positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    sliding = window_of(model)
+    mask = CAUSAL if sliding is None else visible(positions, positions, sliding)
+    with torch.inference_mode():
+        last = hidden_states(model, rows, positions, mask)[:, -1]  # [P, D]
+        return model.output(last).double().log_softmax(dim=-1)
+
+
+def scored(
+    handles: Sequence[Handle],
+    model: nn.Module,
+    tokenizer: Any,
+    probes: Tensor,
+    on_progress: Callable[[], None] | None = None,
+    dense: bool = False,
+) -> list[Handle]:
+    """The handles with their output scores, highest first.
+
+    The score is the mean over the probes of log P'(W) - log P(W): P is what the model gives the
+    next token, P' the same with the neuron raised by its maximum at every position, and W the
+    tokens that its words begin with. A neuron that never fires, or has no words, has none.
+
+    Args:
+        tokenizer: a host's, the model's own.
+        probes: int64 [P, S], beginnings of texts.
+        dense: as for `steer`.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_bos=False, add_eos=False)
+
+    before = last_log_probabilities(model, probes)  # [P, V]
+    found = []
+    for one in handles:
+        ids = next_word_ids(one.words, encode)
+        if ids and one.maximum > 0:
+            with steer(model, [Add(one.layer, one.neuron, one.maximum)], dense=dense):
+                after = last_log_probabilities(model, probes)
+            gain = after[:, ids].logsumexp(dim=-1) - before[:, ids].logsumexp(dim=-1)  # [P]
+            found.append(replace(one, output_score=gain.mean().item()))
+        else:
+            found.append(one)
+        if on_progress is not None:
+            on_progress()
+    return sorted(found, key=_by_score)
+
+
+def _by_score(one: Handle) -> tuple[float, int, int]:
+    return (math.inf if one.output_score is None else -one.output_score, one.layer, one.neuron)

@@ -1,0 +1,75 @@
+"""The context in which a model is steered."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lingua_topk.steering.interventions import Intervention
+from lingua_topk.steering.places import current
+from lingua_topk.steering.sites import Site, check_interventions, decoder_of, output_of, sites_of
+from lingua_topk.steering.telling import telling_places
+
+
+@contextmanager
+def steer(
+    model: nn.Module, interventions: Iterable[Intervention], dense: bool = False
+) -> Iterator[None]:
+    """Within it the model's neurons are turned; behind it all is as before, whatever happened.
+
+    Holds for every way to run the model: plain forward passes, `apps.topk.generation.Generator`,
+    and, of an exported model, transformers' `generate`, with and without cached keys and values,
+    padded or not. Contexts can be nested; interventions act in the order given, inner contexts
+    after outer ones. The model is steered for all threads that use it.
+
+    Args:
+        model: a host's with TopK, or an exported one; it may stand inside a wrapper.
+        interventions: on any neurons of any TopK layers.
+        dense: the neurons are the components of what a block returns, TopK or not. For models
+            without TopK, such as the vanilla twin.
+
+    Raises: ConfigError for a layer or neuron that is not there, or a layer without TopK; the
+    model is not touched then. While it runs, for a `where` that a forward pass cannot tell.
+    """
+    interventions = list(interventions)
+    sites = sites_of(model, dense)
+    check_interventions(interventions, sites, len(decoder_of(model).layers), dense)
+    with ExitStack() as undo:
+        for layer in sorted({one.layer for one in interventions}):
+            here = [one for one in interventions if one.layer == layer]
+            for handle in _hooked(sites[layer], here):
+                undo.callback(handle.remove)
+        if any(not isinstance(one.where, str) or one.where != "all" for one in interventions):
+            undo.enter_context(telling_places(model))
+        yield
+
+
+def _hooked(site: Site, interventions: list[Intervention]) -> Iterator[Any]:
+    """The handles of the hooks of one layer."""
+    before = [one for one in interventions if one.before_selection]
+    after = [one for one in interventions if not one.before_selection]
+    if before:
+        yield site.module.register_forward_pre_hook(partial(_edit_input, before))
+    if after:
+        yield site.module.register_forward_hook(partial(_edit_output, after))
+
+
+def _edit_input(interventions: list[Intervention], module: nn.Module, inputs: tuple) -> tuple:
+    """The one input of TopK: the residual stream, with what is added to it."""
+    x = inputs[0] if len(inputs) == 1 or inputs[1] is None else inputs[0] + inputs[1]
+    return (_edited(x, interventions),)
+
+
+def _edit_output(
+    interventions: list[Intervention], module: nn.Module, inputs: tuple, output: Tensor | tuple
+) -> Tensor | tuple:
+    y = _edited(output_of(output), interventions)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _edited(x: Tensor, interventions: list[Intervention]) -> Tensor:
+    for one in interventions:
+        x = one.applied(x, current())
+    return x
