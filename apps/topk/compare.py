@@ -60,8 +60,9 @@ def options(*, out: str = "", twin: str = "", csv: bool = False) -> Options:
     results.json (lm-eval), or both.
 
     A TopK run is compared with the vanilla run among the given ones that has the same width,
-    depth, vocabulary, parameters, steps and tokens. Differences are paired by document or
-    question where both evaluations kept them.
+    depth, vocabulary, parameters, steps and tokens; an evaluation of a steered model, which is
+    taken where its own folder is given only, with that of the same checkpoint as it is.
+    Differences are paired by document or question where both evaluations kept them.
 
     Args:
         out: also write the table as Markdown into this file, which ends in .md, and every

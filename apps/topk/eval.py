@@ -4,6 +4,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +18,7 @@ from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.evaluation import results as files
 from apps.topk.evaluation.processes import in_the_first, rank_and_size
 from apps.topk.evaluation.sources import ValidationArgs, ValidationPlan, plan_validation
+from apps.topk.evaluation.steered import Steering, read_steering
 from apps.topk.evaluation.tasks import HarnessArgs, check_harness, forget_work, run_tasks
 from apps.topk.evaluation.validation import measures, negative_log_likelihoods, tokenised
 from apps.topk.provenance import provenance, write_text
@@ -48,7 +50,24 @@ Face hub (hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]); those of the sources that 
 trained on are added unless validation.use_val_from_train_src=false.
 harness.tasks are tasks of lm-eval by name, harness.include_path a folder of your own ones. Of
 generator, which Meta Lingua's configs have, dtype is used where dtype is not set; its other keys
-are without effect, since tasks say themselves how to generate. So is wandb."""
+are without effect, since tasks say themselves how to generate. So is wandb.
+
+steer evaluates the model with neurons turned (what does this intervention cost elsewhere?):
+  steer='[{neuron: "3:417", delta: 8}, {neuron: "2:5", mode: ablate}]'
+in a config the same, an entry a line. Of each entry:
+  neuron            LAYER:NEURON, in quotes
+  mode              add (by default) with delta, set with value, clamp with minimum or maximum or
+                    both, scale with factor, or ablate
+  unit              absolute (by default), mean or maximum: multiples of the neuron's own |value|
+                    where it fires, from analysis, by default the folder neurons of the run
+  where             all (by default), prompt or generated: a text whose likelihood is asked for is a
+                    prompt from its beginning to its end
+  before_selection  true: before TopK selects, where the neuron has to be among the k largest
+Entries act in their order; l0 counts what fires behind them. Steered results say so, in
+provenance.steer, and belong into a folder of their own, compared with the model as it is by
+  python -m apps.topk.eval config=FILE ckpt_dir=DIR dump_dir=OUT
+  python -m apps.topk.eval config=FILE ckpt_dir=DIR dump_dir=OUT-steered steer=...
+  python -m apps.topk.compare OUT OUT-steered"""
 
 # Meta Lingua's keys of `generator`.
 GENERATOR_KEYS = (
@@ -77,6 +96,10 @@ class EvalArgs:
     dtype: Optional[str] = None  # noqa: UP045
     # Evaluate a checkpoint from inside the annealing phase with the alpha it had reached.
     as_trained: bool = False
+    # Interventions on neurons that the model is evaluated under; null: as it is.
+    steer: Optional[Any] = None  # noqa: UP045
+    # Folder of apps.topk.analyze that steer's units are from; null: that of the run.
+    analysis: Optional[str] = None  # noqa: UP045
     global_step: Optional[int] = None  # noqa: UP045
 
 
@@ -124,13 +147,37 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
     dtype, plan = check_eval(
         args, params["data"], checkpoint.model_args.max_seqlen, params["distributed"]["model_dtype"]
     )
-    evaluation = _Evaluation(args, checkpoint, dtype)
+    evaluation = _Evaluation(args, checkpoint, dtype, _steering(args, checkpoint))
     evaluation.load()  # what is wrong with the weights is known before anything is written
     in_the_first(evaluation.begin)
-    evaluation.run_tasks()
-    results = {} if plan is None else evaluation.validate(plan)
+    with evaluation.steered():
+        evaluation.run_tasks()
+        results = {} if plan is None else evaluation.validate(plan)
     evaluation.finish()
     return results
+
+
+def _steering(args: EvalArgs, checkpoint: Checkpoint) -> Steering | None:
+    """What the model is steered by. ConfigError where its results would pass for the run's."""
+    if args.steer is None:
+        return None
+    if args.metric_log_dir:
+        raise ConfigError(
+            f"metric_log_dir={args.metric_log_dir}: the records of a run are of its model as it is,"
+            " and steer is set: leave one of them out"
+        )
+    if files.is_its_place(Path(args.dump_dir), checkpoint.folder):
+        raise ConfigError(
+            f"dump_dir={args.dump_dir} is the place of the run's own evaluation: give another"
+            f" folder for that of the steered model, such as {Path(args.dump_dir)}-steered"
+        )
+    steering = read_steering(args.steer, checkpoint, args.analysis)
+    if args.harness is None and all(one.where == "generated" for one in steering.interventions):
+        raise ConfigError(
+            "steer: where=generated changes nothing where nothing is generated: add to"
+            " harness.tasks one that generates, or give where: all"
+        )
+    return steering
 
 
 def check_eval(
@@ -163,10 +210,14 @@ def check_eval(
 class _Evaluation:
     """One checkpoint's."""
 
-    def __init__(self, args: EvalArgs, checkpoint: Checkpoint, dtype: str):
+    def __init__(
+        self, args: EvalArgs, checkpoint: Checkpoint, dtype: str, steering: Steering | None
+    ):
         self.args = args
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.steering = steering
+        self.steer = None if steering is None else steering.describe()  # as results tell it
         self.folder = Path(args.dump_dir)
         self.tokenizer = checkpoint.tokenizer()
         has_bos = getattr(self.tokenizer, "bos_id", None) is not None
@@ -184,11 +235,15 @@ class _Evaluation:
                 raise ConfigError(
                     f"{name}={folder} cannot be written ({error.strerror}): give another folder"
                 ) from None
-        files.begin(self.folder, self.checkpoint.folder)
+        files.begin(self.folder, self.checkpoint.folder, self.steer)
 
     def load(self) -> None:
         """The model, on this process's device. CheckpointError."""
         self.model = self.checkpoint.model(_device(), DTYPES[self.dtype], self.args.as_trained)
+
+    def steered(self) -> AbstractContextManager[None]:
+        """Within it the model is as it is evaluated; every process enters it."""
+        return nullcontext() if self.steering is None else self.steering.applied(self.model)
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
@@ -196,7 +251,7 @@ class _Evaluation:
         return provenance(
             checkpoint=str(self.checkpoint.folder.resolve()), step=self.checkpoint.step,
             dtype=self.dtype, processes=get_world_size(), args=asdict(self.args),
-            model=self.checkpoint.describe(),
+            model=self.checkpoint.describe(), steer=self.steer,
         )  # fmt: skip
 
     def run_tasks(self) -> None:
@@ -206,14 +261,14 @@ class _Evaluation:
             return
         settings = {
             "checkpoint": self.checkpoint.state(), "dtype": self.dtype,
-            "as_trained": self.args.as_trained,
+            "as_trained": self.args.as_trained, "steer": self.steer,
         }  # fmt: skip
         results = run_tasks(self._harness_model(), harness, self.folder, settings)
         if results is None:  # process 0 has them
             return
         files.write_tasks(self.folder, results, {**self.origin, "bos": self._tasks_add_bos})
         self._record(files.TASK_RECORDS, results["results"])
-        logger.info("%s (in %s)", tasks_summary(results), self.folder)
+        self._say(tasks_summary(results))
 
     def _harness_model(self):
         from apps.topk.evaluation.adapter import HarnessModel
@@ -221,7 +276,7 @@ class _Evaluation:
         harness = self.args.harness
         return HarnessModel(
             self.model, self.tokenizer, self.checkpoint.model_args.max_seqlen,
-            harness.batch_tokens, self._tasks_add_bos, name=str(self.checkpoint.folder),
+            harness.batch_tokens, self._tasks_add_bos, name=f"{self.checkpoint.folder}{self._mark}",
             seed=harness.torch_random_seed,
         )  # fmt: skip
 
@@ -248,8 +303,18 @@ class _Evaluation:
         if rank_and_size()[0] == 0:
             files.write_validation(self.folder, results, lines, self.origin)
             self._record(files.VALIDATION_RECORDS, results)
-            logger.info("%s (in %s)", summary(results), self.folder)
+            self._say(summary(results))
         return results
+
+    @property
+    def _mark(self) -> str:
+        """What tells results of a steered model from its own."""
+        return "" if self.steering is None else f" [steered: {self.steering.told}]"
+
+    def _say(self, lines: str) -> None:
+        """Numbers, a line each, for the terminal and the log."""
+        marked = (f"{line}{self._mark}" for line in lines.splitlines())
+        logger.info("%s (in %s)", "\n".join(marked), self.folder)
 
     def _record(self, name: str, content: dict[str, Any]) -> None:
         if self.args.metric_log_dir:

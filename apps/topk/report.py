@@ -16,6 +16,7 @@ from apps.topk.neurons.folder import DONE_NAME, read_analysis
 from apps.topk.neurons.page_data import RECORDING, read_page_data
 from apps.topk.neurons.reading_texts import read_texts
 from apps.topk.provenance import write_text
+from apps.topk.steering import page_data as steering_data
 from lingua_topk.analysis.recording import open_recording
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
 from lingua_topk.report.data import Text
@@ -58,8 +59,9 @@ def report(
 
     It has the figures and the comparison, a table of all neurons that can be sorted and searched,
     a page for each neuron (top tokens, contexts coloured by its value, entropies with their
-    controls, promoted and suppressed tokens, its trace where apps.topk.trace was run), and texts
-    with the neurons that fire on each token.
+    controls, promoted and suppressed tokens, its trace where apps.topk.trace was run), texts
+    with the neurons that fire on each token, and what steering does where apps.topk.steer_eval
+    was run.
 
     Args:
         run: the dump_dir of a training run whose neurons were analysed (python -m
@@ -84,16 +86,18 @@ def report(
     given = [*([text] if isinstance(text, str) and text else text), *_lines(texts)]
     checkpoint = _checkpoint(folder, ckpt)
     tokenizer = checkpoint.tokenizer()
+    about = read_analysis(folder)
     read: list[Text] = []
     if given:
         model = checkpoint.model(device_of(device), DTYPES[dtype])
-        about = read_analysis(folder)
         add_bos = bool(checkpoint.params["data"].get("add_bos", True))
         read = read_texts(model, tokenizer, given, about["layers"], about["k"], strongest, add_bos)
     data = read_page_data(
         folder, token_pieces(tokenizer, checkpoint.model_args.vocab_size), _special(tokenizer),
         n_texts=rows, strongest=strongest, n_contexts=contexts, given=read,
     )  # fmt: skip
+    beside = folder.parent / steering_data.FOLDER
+    data.steering = steering_data.read_steering(beside, about, data.layers)
     content = page(data)
     try:
         write_text(path, content)

@@ -118,11 +118,16 @@ def validate(args: TopKTrainArgs) -> None:
 
 def _validate_eval(args: TopKTrainArgs) -> None:
     """What the host would find out at the first evaluation only, hours later."""
+    section = OmegaConf.create({"eval": args.eval})
+    eval_args = cli.merge(_EvalSection, (section, "the config")).eval
+    if eval_args.steer is not None:
+        raise ConfigError(
+            "eval.steer is set, and training evaluates the model as it is: leave it out, and"
+            " evaluate a checkpoint with steer by python -m apps.topk.eval"
+        )
     folders = [Path(args.data.root_dir or "", source) for source in args.data.sources]
     if not all(folder.is_dir() for folder in folders):
         return  # the host refuses that, with more to say
-    section = OmegaConf.create({"eval": args.eval})
-    eval_args = cli.merge(_EvalSection, (section, "the config")).eval
     check_eval(eval_args, asdict(args.data), args.data.seq_len, args.distributed.model_dtype)
 
 

@@ -11,6 +11,7 @@ scripts/data.js reads it.
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -51,6 +52,11 @@ def quantised(values: np.ndarray, largest: np.ndarray, dtype: type) -> np.ndarra
     # What fired stays visible, however small it is.
     away = np.where((scaled != 0) & (np.abs(scaled) < 1), np.sign(scaled), np.rint(scaled))
     return away.astype(dtype)
+
+
+def known(value: float) -> float | None:
+    """The number as JSON may hold it: None for NaN and infinities."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _padded(content: bytes) -> bytes:

@@ -98,6 +98,94 @@ class Trace:
 
 
 @dataclass
+class SteeredNumbers:
+    """What steering did to text, relative to unsteered text; NaN for what was not measured.
+
+    Attributes:
+        concept_rate: share of the concept's words in the steered text, 0 to 1.
+        unsteered_rate: the same in the unsteered text.
+        lift: the first by the second.
+        perplexity_ratio: of the texts' perplexities, steered by unsteered.
+        score: one number for all, 0 if any part is.
+    """
+
+    concept_rate: float
+    unsteered_rate: float
+    lift: float
+    perplexity_ratio: float
+    score: float
+
+
+@dataclass
+class SteeredConcept:
+    """A neuron that was steered, with what came of it at the delta that was chosen.
+
+    Attributes:
+        layer: of the report.
+        neuron: its index there.
+        words: that it fires on, strongest first; delta was chosen by these.
+        held_out_words: those that the numbers are of.
+        delta: in multiples of the neuron's maximum; NaN where none was chosen.
+        absolute: the same as it is added.
+        numbers: None where they were not measured.
+    """
+
+    layer: int
+    neuron: int
+    words: Sequence[str]
+    held_out_words: Sequence[str]
+    delta: float
+    absolute: float
+    numbers: SteeredNumbers | None
+
+
+@dataclass
+class SteeredExample:
+    """A text with steering and without, from the same prompt.
+
+    Attributes:
+        concept: index of the concept.
+        method: in words.
+        delta: in multiples of the neuron's maximum, or of what the method has in its place.
+        absolute: the same as it is added.
+        is_chosen: whether this is the delta that was chosen for the concept and method.
+        prompt: what both go on from.
+        unsteered: text.
+        steered: text.
+        numbers: of the concept, method and delta, over all prompts; None where not measured.
+    """
+
+    concept: int
+    method: str
+    delta: float
+    absolute: float
+    is_chosen: bool
+    prompt: str
+    unsteered: str
+    steered: str
+    numbers: SteeredNumbers | None
+
+
+@dataclass
+class Steering:
+    """What adding to neurons does to text.
+
+    Attributes:
+        sentences: the conclusion.
+        figure: None where there is none.
+        methods: a row a method.
+        concepts: the neurons.
+        examples: texts of them; of each concept first those of its own neuron.
+    """
+
+    sentences: Sequence[str]
+    figure: Figure | None
+    methods: Table
+    concepts: Sequence[SteeredConcept]
+    examples: Sequence[SteeredExample]
+
+
+@dataclass
 class Report:
     """Everything on the page.
 
@@ -111,6 +199,7 @@ class Report:
         texts: that can be chosen, with what fires on them.
         strongest: how many neurons a token and layer `texts` hold at most.
         n_contexts: of a neuron, at most.
+        steering: None where no neuron was steered; the page then has no such part.
     """
 
     title: str
@@ -126,3 +215,4 @@ class Report:
     trace: Trace | None = None
     strongest: int = 16
     n_contexts: int = 12
+    steering: Steering | None = None

@@ -1,4 +1,4 @@
-"""Figures as SVG text: measures over layers and over training steps.
+"""Figures as SVG text: measures over layers and over training steps, and lift against fluency.
 
 Nothing here touches pyplot or its global state, and nothing in a figure comes from elsewhere:
 text is text in whatever sans-serif font the reader has. The same numbers give the same bytes.
@@ -20,10 +20,11 @@ import matplotlib.style
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's colours that are told apart by colour-blind readers, without black and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -35,6 +36,8 @@ GREY_LOOKS = (("x", "--"), ("+", ":"), ("1", "-."))
 INK = "#010203"
 WIDTH = 5.0  # inches; 360 points, which is 360 px at the smallest
 PANEL_HEIGHT = 1.9
+# What steering aims at: so many times the unsteered perplexity at most, so much lift at least.
+MOST_RATIO, LEAST_LIFT = 2.0, 5.0
 GROUND = """\
 #figure { color: #1a1a1a; background: #fff }
 @media (prefers-color-scheme: dark) { #figure { color: #e8e8e8; background: #16181c } }"""
@@ -176,6 +179,49 @@ def lines_over_steps(
     return figure
 
 
+def lift_against_fluency(
+    methods: Mapping[str, Sequence[tuple[float, float]]],
+    chosen: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    controls: Collection[str] = (),
+) -> Figure:
+    """What steering gains and what it costs: a line a method, both axes logarithmic.
+
+    Points are (perplexity ratio, lift), both relative to unsteered text. Those that are not
+    finite or not above 0 have no place on these axes and are left out. Lines mark no change, and
+    what steering aims at: a ratio of at most 2 and a lift of at least 5.
+
+    Args:
+        methods: by name the points, such as medians over concepts, in order of delta.
+        chosen: by name the points at a chosen delta, such as one for each concept; their markers
+            are larger and hollow.
+        controls: names that are drawn in grey.
+    """
+    looks = _looks(list(dict.fromkeys([*methods, *chosen])), controls)
+    paths = {name: _positive(points) for name, points in methods.items()}
+    marked = {name: _positive(points) for name, points in chosen.items()}
+    everything = np.concatenate([np.empty((0, 2)), *paths.values(), *marked.values()])
+    with matplotlib.style.context(["default", STYLE]):
+        figure, (at,) = _panels(1, PANEL_HEIGHT + 1.6)
+        _log_axis(at.xaxis, [*everything[:, 0], 1.0, MOST_RATIO])
+        _log_axis(at.yaxis, [*everything[:, 1], 1.0, LEAST_LIFT])
+        _aims(at)
+        for name, points in paths.items():
+            at.plot(*points.T, markersize=4.5, linewidth=1.2, **looks[name])
+        for name, points in marked.items():
+            at.plot(*points.T, **_hollow(looks[name]))
+        at.set_xlabel("perplexity ratio (1: as fluent as unsteered)")
+        at.set_ylabel("lift of the concept rate")
+        if not len(everything):
+            at.text(0.5, 0.5, "not scored", transform=at.transAxes, ha="center", va="center")
+        entries: list[tuple[Artist, str]] = [(_handle(look), name) for name, look in looks.items()]
+        if any(len(points) for points in marked.values()):
+            look = _hollow({"color": INK, "marker": MARKERS[0]})
+            entries.append((Line2D([], [], **look), "at a chosen delta"))
+        _legend(figure, entries)
+    return figure
+
+
 def svg(figure: Figure, description: str = "", *, alone: bool = False) -> str:
     """A figure as the text of one <svg> element, the same for the same figure.
 
@@ -285,6 +331,36 @@ def _say_if_empty(at: Axes, bands: Collection[Band]) -> None:
     if not any(np.isfinite(np.asarray(band.middle, dtype=np.float64)).any() for band in bands):
         at.text(0.5, 0.5, "not scored", transform=at.transAxes, ha="center", va="center")
         at.set_yticks([])
+
+
+def _positive(points: Sequence[tuple[float, float]]) -> np.ndarray:
+    """float64 [n, 2], without the points that logarithmic axes have no place for."""
+    found = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return found[(np.isfinite(found) & (found > 0)).all(1)]
+
+
+def _hollow(look: dict) -> dict:
+    return {**look, "linestyle": "none", "fillstyle": "none", "markersize": 8, "alpha": 0.8}
+
+
+def _log_axis(axis: Axis, values: Sequence[float]) -> None:
+    """From below the least to above the largest of the values, with round numbers."""
+    low, high = min(values), max(values)
+    name = axis.axis_name
+    axis.axes.set(**{f"{name}scale": "log", f"{name}lim": (low / 1.25, high * 1.25)})
+    is_wide = high / low > 300
+    axis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _aims(at: Axes) -> None:
+    """No change as a thin line, what is aimed at as dashes with its number."""
+    for line in (at.axvline, at.axhline):
+        line(1, color=INK, linewidth=0.8, alpha=0.5, zorder=0)
+    aim = {"color": INK, "linewidth": 1.0, "linestyle": (0, (5, 3)), "zorder": 0}
+    at.axvline(MOST_RATIO, **aim)
+    at.axhline(LEAST_LIFT, **aim)
 
 
 def _step_axis(at: Axes, steps: Sequence[int], log: bool) -> None:

@@ -10,22 +10,24 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lingua_topk.report.chunks import narrow, pack, quantised
-from lingua_topk.report.data import Firings, Layer, Report, Text, Trace
+from lingua_topk.report.chunks import known, narrow, pack, quantised
+from lingua_topk.report.data import Figure, Firings, Layer, Report, Text, Trace
+from lingua_topk.report.steered import steering_values
 from lingua_topk.report.svg import cleaned
 
 # What the file begins with, by which a page of ours is known.
 MARK = "<!doctype html>\n<!-- written by apps.topk.report: it may be replaced by it -->\n"
 FOLDER = Path(__file__).parent
 # In this order they become one script.
-SCRIPTS = ("data", "show", "tokens", "charts", "overview", "table", "neuron", "texts", "main")
+SCRIPTS = ("data", "show", "tokens", "charts", "overview", "table", "steering", "neuron", "texts",
+           "main")  # fmt: skip
 
 NEURONS_A_CHUNK = 64
 TABLE_WORDS = 6
@@ -49,16 +51,24 @@ def page(report: Report) -> str:
         "policy": _policy(script, style),
         "style": style,
         "script": script,
-        "figures": _figures(report),
+        "figures": "\n".join(
+            _figure(figure, f"figure-{i}-") for i, figure in enumerate(report.figures)
+        ),
+        "steering_link": '<a href="#steering">Steering</a>' if report.steering else "",
+        "steering": _steering(report),
         "meta": _json(_meta(report)),
         "chunks": "\n".join(
             f'<script type="application/octet-stream;base64" id="chunk-{name}">{text}</script>'
             for name, text in _chunks(report)
         ),
     }
-    template = (FOLDER / "page.html").read_text(encoding="utf-8")
-    # In one pass: what is filled in is not looked into.
-    return MARK + re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    return MARK + _filled("page", parts)
+
+
+def _filled(name: str, parts: Mapping[str, str]) -> str:
+    """A template with its parts, in one pass: what is filled in is not looked into."""
+    template = (FOLDER / f"{name}.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
 def _script() -> str:
@@ -88,15 +98,18 @@ def _written(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def _figures(report: Report) -> str:
-    shown = []
-    for i, figure in enumerate(report.figures):
-        title, caption = (html.escape(_written(text)) for text in (figure.title, figure.caption))
-        drawing = cleaned(figure.svg, f"figure-{i}-")
-        shown.append(
-            f"<figure><h3>{title}</h3>{drawing}<figcaption>{caption}</figcaption></figure>"
-        )
-    return "\n".join(shown)
+def _figure(figure: Figure, prefix: str) -> str:
+    title, caption = (html.escape(_written(text)) for text in (figure.title, figure.caption))
+    drawing = cleaned(figure.svg, prefix)
+    return f"<figure><h3>{title}</h3>{drawing}<figcaption>{caption}</figcaption></figure>"
+
+
+def _steering(report: Report) -> str:
+    """The section of that name, "" where nothing was steered."""
+    if report.steering is None:
+        return ""
+    figure = report.steering.figure
+    return _filled("steering", {"figure": _figure(figure, "steering-") if figure else ""})
 
 
 def _meta(report: Report) -> dict[str, Any]:
@@ -124,6 +137,7 @@ def _meta(report: Report) -> dict[str, Any]:
             for text in report.texts
         ],
         "trace": _trace_meta(report.trace),
+        "isSteered": report.steering is not None,
     }  # fmt: skip
 
 
@@ -131,7 +145,7 @@ def _trace_meta(trace: Trace | None) -> dict[str, Any] | None:
     if trace is None:
         return None
     baselines = {
-        name: [_number(np.nanmedian(row)) if np.isfinite(row).any() else None for row in array]
+        name: [known(np.nanmedian(row)) if np.isfinite(row).any() else None for row in array]
         for name, array in trace.shared.items()
         if name.startswith("shifted_")
     }
@@ -142,10 +156,6 @@ def _trace_meta(trace: Trace | None) -> dict[str, Any] | None:
         "pairs": np.asarray(trace.pairs).tolist(),
         "baselines": baselines,
     }
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _chunks(report: Report) -> Iterator[tuple[str, str]]:
@@ -160,6 +170,8 @@ def _chunks(report: Report) -> Iterator[tuple[str, str]]:
         yield "texts", pack({"tokens": narrow(tokens, len(report.pieces))}, {})
     for i, text in enumerate(report.texts):
         yield f"text-{i}", _text(text)
+    if report.steering is not None:
+        yield "steering", pack({}, steering_values(report.steering))
 
 
 def _table(report: Report) -> str:

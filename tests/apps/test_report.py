@@ -9,12 +9,14 @@ import torch
 
 from apps.topk import analyze, cli, report
 from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+from apps.topk.neurons.folder import read_analysis
 from apps.topk.neurons.page_data import recorded_texts, strongest_firings
 from apps.topk.neurons.reading_texts import read_texts
 from lingua_topk.analysis.recording import open_recording
 from lingua_topk.report.data import Firings
 from lingua_topk.report.page import MARK
 from tests.apps.real_text import train_on, write_stories
+from tests.report import made_up_steering
 from tests.report.test_page import chunks_of
 
 FEW = ["--tokens", "3000", "--min_words", "3", "--contexts", "2", "--device", "cpu"]
@@ -174,6 +176,25 @@ def test_an_analysis_that_is_damaged_is_refused(run, tmp_path, capsys):
         encoding="utf-8",
     )
     assert "give --ckpt" in mistake(capsys, "--run", copy, "--out", tmp_path / "r.html")
+
+
+def test_steering_is_shown_where_it_lies_beside_the_analysis(run, tmp_path, capsys):
+    shutil.copytree(run / "neurons", tmp_path / "neurons")
+    about = read_analysis(tmp_path / "neurons")
+    out = tmp_path / "r.html"
+    arguments = {"run": str(tmp_path), "out": str(out), "ckpt": str(run), "rows": 1}
+    report.report(**arguments)
+    assert "steering" not in chunks_of(out.read_text(encoding="utf-8"))
+    same = {"checkpoint": about["checkpoint"], "step": about["step"]}
+    made_up_steering.write(tmp_path / "steering", **same)
+    report.report(**arguments)
+    html = out.read_text(encoding="utf-8")
+    assert [one["name"] for one in chunks_of(html)["steering"][1]["concepts"]] == ["0:7", "0:9"]
+    assert 'id="view-steering"' in html
+    made_up_steering.write(tmp_path / "steering", **{**same, "step": 1})
+    said = mistake(capsys, "--run", tmp_path, "--ckpt", run, "--out", out)
+    assert "steering.json" in said and "of step 1," in said
+    assert out.read_text(encoding="utf-8") == html
 
 
 def test_help_lists_the_flags(capsys):

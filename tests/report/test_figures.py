@@ -6,7 +6,15 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from lingua_topk.report.figures import Band, lines_over_steps, over_layers, quartiles, short, svg
+from lingua_topk.report.figures import (
+    Band,
+    lift_against_fluency,
+    lines_over_steps,
+    over_layers,
+    quartiles,
+    short,
+    svg,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = (
@@ -41,14 +49,19 @@ def steps_figure(names=("layer 0",), **given):
     return lines_over_steps([0, 10, 100], series, ylabel="token entropy (bits)", **given)
 
 
-BOTH = pytest.mark.parametrize("make", [layers_figure, steps_figure])
+def lift_figure(names=("neuron",)):
+    points = [(1.1, 2.0), (1.5, 6.0), (4.0, 8.0)]
+    return lift_against_fluency(dict.fromkeys(names, points), {names[0]: [(1.4, 5.5)]})
+
+
+ALL = pytest.mark.parametrize("make", [layers_figure, steps_figure, lift_figure])
 
 
 def texts(drawing):
     return [element.text for element in ET.fromstring(drawing).iter(f"{SVG}text")]
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_figure_is_xml_that_names_its_contents(make, alone):
     drawing = svg(make(), "what it <shows>", alone=alone)
@@ -57,10 +70,11 @@ def test_a_figure_is_xml_that_names_its_contents(make, alone):
     assert root.get("viewBox")
     assert root.get("role") == "img"
     assert root.find(f"{SVG}title").text == "what it <shows>"
-    assert "token entropy (bits)" in texts(drawing)
+    label = "lift of the concept rate" if make is lift_figure else "token entropy (bits)"
+    assert label in texts(drawing)
 
 
-@BOTH
+@ALL
 def test_the_same_figure_has_the_same_bytes_and_says_no_time(make):
     first, second = svg(make()), svg(make())
     assert first == second
@@ -68,7 +82,7 @@ def test_the_same_figure_has_the_same_bytes_and_says_no_time(make):
     assert not re.search(r"\b20\d\d-\d\d", first)
 
 
-@BOTH
+@ALL
 def test_names_are_text_whatever_is_in_them(make):
     drawing = svg(make(NAMES))
     shown = texts(drawing)
@@ -80,7 +94,7 @@ def test_names_are_text_whatever_is_in_them(make):
     assert not list(ET.fromstring(drawing).iter(f"{SVG}script"))
 
 
-@BOTH
+@ALL
 def test_nothing_comes_from_elsewhere(make):
     drawing = svg(make())
     links = re.findall(r'href="([^"]*)"', drawing) + re.findall(r"url\(([^)]*)\)", drawing)
@@ -88,7 +102,7 @@ def test_nothing_comes_from_elsewhere(make):
     assert set(re.findall(r"font-family: ([^;\"]*)", drawing)) == {"sans-serif"}
 
 
-@BOTH
+@ALL
 def test_axes_and_text_take_the_colour_of_the_page(make):
     drawing = svg(make())
     styles = [element.get("style") for element in ET.fromstring(drawing).iter(f"{SVG}text")]
@@ -156,3 +170,56 @@ def test_quartiles_leave_out_what_has_no_value():
 
 def test_steps_are_written_short():
     assert [short(step) for step in (0, 50, 2000, 1_500_000)] == ["0", "50", "2k", "1.5M"]
+
+
+def curves(figure):
+    """What is drawn as points, without the lines across the figure: by marker, [n, 2]."""
+    (at,) = figure.axes
+    lines = [line for line in at.get_lines() if line.get_marker() not in ("None", None, "")]
+    return [(line.get_marker(), line.get_linestyle(), line.get_xydata().tolist()) for line in lines]
+
+
+def test_lift_is_drawn_as_a_line_a_method_and_the_chosen_as_hollow_markers():
+    methods = {"neuron": [(1.1, 2), (1.5, 6)], "direction": [(1.2, 1.5)]}
+    figure = lift_against_fluency(methods, {"direction": [(1.3, 1.4), (1.1, 0.9)]})
+    assert curves(figure) == [
+        ("o", "-", [[1.1, 2], [1.5, 6]]), ("s", "-", [[1.2, 1.5]]),
+        ("s", "None", [[1.3, 1.4], [1.1, 0.9]]),
+    ]  # fmt: skip
+    assert {"neuron", "direction", "at a chosen delta"} <= set(texts(svg(figure)))
+    (at,) = figure.axes
+    assert (at.get_xscale(), at.get_yscale()) == ("log", "log")
+
+
+def test_what_has_no_place_on_logarithmic_axes_is_left_out():
+    bad = [(0, 2), (2, 0), (-1, 2), (np.nan, 2), (2, np.inf), (2, -1)]
+    figure = lift_against_fluency({"a": [*bad, (3, 4)], "b": bad}, {"a": bad, "b": [(1, 9)]})
+    assert [points for _, _, points in curves(figure)] == [[[3, 4]], [], [], [[1, 9]]]
+    assert "not scored" not in texts(svg(figure))
+
+
+@pytest.mark.parametrize("methods", [{}, {"neuron": []}, {"neuron": [(np.nan, 0)]}])
+def test_a_figure_without_any_lift_says_so(methods):
+    shown = texts(svg(lift_against_fluency(methods, {})))
+    assert "not scored" in shown and set(methods) <= set(shown)
+    assert "at a chosen delta" not in shown
+
+
+@pytest.mark.parametrize("point", [(1.01, 1.0), (0.01, 0.02), (1e5, 3000.0)])
+def test_no_change_and_the_aims_are_in_sight_wherever_the_points_are(point):
+    figure = lift_against_fluency({"neuron": [point]}, {})
+    (at,) = figure.axes
+    for (low, high), value, marks in (
+        (at.get_xlim(), point[0], (1, 2)), (at.get_ylim(), point[1], (1, 5)),
+    ):  # fmt: skip
+        assert all(low < one < high for one in (value, *marks))
+    across = [line for line in at.get_lines() if line.get_marker() == "None"]
+    assert {line.get_xdata()[0] for line in across} >= {1, 2}
+    assert {line.get_ydata()[0] for line in across} >= {1, 5}
+    assert len([text for text in texts(svg(figure)) if re.fullmatch(r"[\d.e+-]+", text)]) >= 4
+
+
+def test_methods_that_are_controls_are_grey():
+    points = {"neuron": [(1.1, 3)], "random neuron": [(1.1, 1)]}
+    drawing = svg(lift_against_fluency(points, {}, controls=["random neuron"]))
+    assert "#888888" in drawing and "#0072b2" in drawing.lower()

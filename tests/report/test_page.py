@@ -13,7 +13,17 @@ import pytest
 
 from lingua_topk.errors import DataError
 from lingua_topk.report.chunks import narrow, pack, quantised
-from lingua_topk.report.data import Layer, Report, Text
+from lingua_topk.report.data import (
+    Figure,
+    Layer,
+    Report,
+    SteeredConcept,
+    SteeredExample,
+    SteeredNumbers,
+    Steering,
+    Table,
+    Text,
+)
 from lingua_topk.report.page import MARK, page
 from lingua_topk.report.svg import cleaned
 
@@ -45,6 +55,20 @@ def small(**changes) -> Report:
     given = {"title": "t", "facts": [("a", "b")], "layers": [layer], "pieces": [b"a", b"\xff", b""],
              "rows": np.array([[0, 1, 2, 0]])}  # fmt: skip
     return Report(**{**given, **changes})
+
+
+def steering(text: str = "text", **changes) -> Steering:
+    numbers = SteeredNumbers(0.1, 0.05, np.inf, 1.5, np.nan)
+    given = {
+        "sentences": [text], "figure": Figure(text, text, SVG_LINE),
+        "methods": Table("Methods", ["Method"], [[text]], ""),
+        "concepts": [SteeredConcept(4, 0, [text], [text], np.nan, 2.0, None)],
+        "examples": [SteeredExample(0, text, 2.0, 4.0, True, text, text, text, numbers)],
+    }  # fmt: skip
+    return Steering(**{**given, **changes})
+
+
+SVG_LINE = '<svg xmlns="http://www.w3.org/2000/svg"><path id="a" d="M0 0"/></svg>'
 
 
 @pytest.mark.parametrize("values", [{}, {"a": 1, "bb": ["é</script>"]}, {"abc": "x" * 9}])
@@ -89,8 +113,9 @@ def test_quantised_values_are_near_keep_their_sign_and_are_never_lost():
     assert quantised(np.array([-3.0, 9]), np.array(2.0), np.int8).tolist() == [-127, 127]
 
 
-def test_the_page_loads_nothing_and_runs_its_own_script_only():
-    html = page(small())
+@pytest.mark.parametrize("steered", [None, steering()], ids=["plain", "steered"])
+def test_the_page_loads_nothing_and_runs_its_own_script_only(steered):
+    html = page(small(steering=steered))
     assert html.startswith(MARK)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1]
     assert policy.startswith("default-src 'none';")
@@ -107,6 +132,7 @@ def test_the_page_loads_nothing_and_runs_its_own_script_only():
 
 def test_the_same_report_gives_the_same_page():
     assert page(small()) == page(small())
+    assert page(small(steering=steering())) == page(small(steering=steering()))
 
 
 def test_text_cannot_leave_the_data():
@@ -122,6 +148,36 @@ def test_text_cannot_leave_the_data():
     assert not re.search("[\0\u202e]", html)
     meta = json.loads(re.search(r'id="meta">(.*?)</script>', html, re.DOTALL)[1])
     assert meta["title"] == bad and meta["sentences"] == [bad]
+
+
+def test_steered_text_cannot_leave_the_data():
+    bad = "</script><!-- <script>alert(1)</script> \0\u202e\ud800 {{script}} {{figure}}"
+    html, plain = (page(small(steering=steering(text))) for text in (bad, "plain"))
+    html.encode()
+    for end in ("</script", "<script", "<!--"):
+        assert html.lower().count(end) == plain.lower().count(end)
+    assert not re.search("[\0\u202e]", html)
+    values = chunks_of(html)["steering"][1]
+    assert values["sentences"] == [bad] and values["methods"]["rows"] == [[bad]]
+    (example,), (concept,) = values["examples"], values["concepts"]
+    assert [example[name] for name in ("prompt", "unsteered", "steered", "method")] == [bad] * 4
+    assert concept["name"] == "4:0" and concept["words"] == concept["heldOut"] == [bad]
+
+
+def test_the_part_on_steering_is_there_only_where_something_was_steered():
+    with_it, without = page(small(steering=steering())), page(small())
+    assert 'id="steering-a"' in with_it and 'href="#steering"' in with_it
+    ours = re.sub(r"<(script|style)>.*?</\1>", "", without, flags=re.DOTALL)
+    assert "teering" not in ours and "steering" not in chunks_of(without)
+    assert "<figure>" not in page(small(steering=steering(figure=None)))
+
+
+def test_numbers_of_steering_that_are_none_are_null():
+    values = chunks_of(page(small(steering=steering())))["steering"][1]
+    assert values["examples"][0]["numbers"] == {
+        "rate": 0.1, "unsteeredRate": 0.05, "lift": None, "ratio": 1.5, "score": None,
+    }  # fmt: skip
+    assert values["concepts"][0]["delta"] is None and values["concepts"][0]["numbers"] is None
 
 
 def test_what_was_not_measured_is_missing_and_no_error():

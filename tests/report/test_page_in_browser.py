@@ -1,7 +1,6 @@
 """The page in a real browser: what one sees, presses and types, and that nothing gets out."""
 
 import re
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ import pytest
 from apps.topk.neurons.page_data import read_page_data
 from lingua_topk.report.data import Firings, Layer, Report, Text
 from lingua_topk.report.page import page as written
-from tests.report import browser as browsers
 from tests.report import made_up
+from tests.report.browser import opened, visit
 
 MINUS, NONE = "\u2212", "\u2013"  # as the page writes them
 ALPHA = re.compile(r"rgba?\(([\d.]+), ([\d.]+), ([\d.]+)(?:, ([\d.]+))?\)")
@@ -32,41 +31,6 @@ def file(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(written(data), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        started = browsers.start(playwright)
-        yield started
-        started.close()
-
-
-@contextmanager
-def opened(browser, file, hash="", **settings):
-    """A tab with the page; in the end nothing was asked of anyone, and nothing went wrong."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
-    tab = context.new_page()
-    said, asked = [], []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(f"file://{file}{hash}")
-    tab.wait_for_selector("main > section:not([hidden])")
-    tab.set_default_timeout(5000)
-    yield tab
-    context.close()
-    assert said == []
-    assert {url.partition("#")[0] for url in asked} - {"data:,"} == {f"file://{file}"}
-
-
-def visit(tab, hash):
-    """Another part of the same page."""
-    tab.evaluate("hash => { location.hash = hash; }", hash)
-    view = hash[1:].partition("/")[0] or "overview"
-    tab.wait_for_selector(f"#view-{view}:not([hidden])")
 
 
 def first_names(tab, n=5):

@@ -9,7 +9,7 @@ import numpy as np
 from apps.topk.comparison.estimates import Estimate, Items, usable_stderr
 from apps.topk.comparison.fields import Fields, as_number
 from apps.topk.comparison.measures import HARNESS, NO_FILTER, Measure, Result, reproduced
-from apps.topk.evaluation.results import PROVENANCE
+from apps.topk.evaluation.results import PROVENANCE, steering_told
 
 # The task and what lm-eval logged of one of its documents.
 Sample = tuple[str, dict[str, Any]]
@@ -130,6 +130,7 @@ def _settings(content: Fields, task: str) -> dict[str, Any]:
         "dtype": origin.text("dtype"),
         "bos": origin.content.get("bos"),
         "as_trained": bool(origin.section("args").content.get("as_trained", False)),
+        "steered": steering_told(origin.content.get("steer")) or "by nothing",
     }
     told |= {key: run.content.get(key) for key in RUN_KEYS}
     told |= {key: content.content.get(key) for key in TOP_KEYS}

@@ -88,6 +88,7 @@ def _origin(comparison: "Comparison", index: int) -> str:
     step = run.model.step
     said = [
         f"run {run.name}: {_kind(run)}",
+        f"steered: {run.steered}" if run.steered else "",
         f"twin: {twin.name}" if twin else "",
         f"checkpoint {run.checkpoint or 'unknown'}" + ("" if step is None else f" (step {step})"),
         f"evaluation {run.folder}",

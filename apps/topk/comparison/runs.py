@@ -10,7 +10,14 @@ from apps.topk.comparison.harness_results import members_of_groups, read_harness
 from apps.topk.comparison.measures import Measure, Result
 from apps.topk.comparison.models import Model, read_model
 from apps.topk.comparison.validation_results import read_validation
-from apps.topk.evaluation.results import DOCUMENTS_NAME, PROVENANCE, TASKS_NAME, VALIDATION_NAME
+from apps.topk.evaluation.results import (
+    DOCUMENTS_NAME,
+    PROVENANCE,
+    TASKS_NAME,
+    VALIDATION_NAME,
+    is_steered,
+    steering_told,
+)
 from lingua_topk.errors import ConfigError, DataError
 
 WRITTEN = (VALIDATION_NAME, TASKS_NAME)
@@ -23,6 +30,7 @@ class Run:
     Attributes:
         name: what it is called in the table.
         given: the path that was asked for; `folder` the one with the results.
+        steered: what its model was steered by; "" for the model as it is.
         members: tasks that are part of a group with measures of its own.
         origins: a line on each file: commit, checkpoint, step.
         notes: what was left out.
@@ -34,6 +42,7 @@ class Run:
     model: Model
     checkpoint: str | None
     results: dict[Measure, Result]
+    steered: str = ""
     members: set[str] = field(default_factory=set)
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -52,7 +61,11 @@ def read_run(given: Path) -> Run:
     files = {name: read_json(folder / name) for name in WRITTEN if (folder / name).is_file()}
     origins = {name: content.section(PROVENANCE) for name, content in files.items()}
     model, checkpoint = _one_model(folder, origins)
-    run = Run(model.name, given, folder, model, checkpoint, {})
+    steered = _steered(folder, origins)
+    name = f"{model.name}, steered" if steered else model.name
+    run = Run(name, given, folder, model, checkpoint, {}, steered)
+    if steered:
+        run.notes.append(f"the model is steered: {steered}")
     for name, origin in origins.items():
         run.origins[name] = origin.text("commit") or "unknown"
     if VALIDATION_NAME in files:
@@ -69,7 +82,10 @@ def read_run(given: Path) -> Run:
 
 
 def evaluation_folder(given: Path) -> Path:
-    """`given` where it holds results, else the newest folder in `given`/evals that does."""
+    """`given` where it holds results, else the newest folder in `given`/evals that does.
+
+    There those of a steered model are passed over: they are not what training led to.
+    """
     if not given.is_dir():
         raise ConfigError(
             f"RUN={str(given)!r} is not a folder: give the dump_dir of a training run, or one of"
@@ -78,11 +94,13 @@ def evaluation_folder(given: Path) -> Path:
     if _has_results(given):
         return given
     steps = [path for path in given.glob("evals/*") if re.fullmatch(r"\d{10,}", path.name)]
-    found = [path for path in steps if _has_results(path)]
+    steps = [path for path in steps if _has_results(path)]
+    found = [path for path in steps if not is_steered(path)]
     if found:
         return max(found, key=lambda path: int(path.name))
+    kind = "evaluation but of steered models" if steps else "evaluation"
     raise DataError(
-        f"RUN={str(given)!r} has no evaluation ({' or '.join(WRITTEN)}, also in evals/<step>):"
+        f"RUN={str(given)!r} has no {kind} ({' or '.join(WRITTEN)}, also in evals/<step>):"
         f" make one with {_how_to_evaluate(given)}"
     )
 
@@ -99,6 +117,17 @@ def _how_to_evaluate(given: Path) -> str:
         "python -m apps.topk.eval config=configs/eval/validation.yaml"
         f" {shlex.quote(f'ckpt_dir={newest}')} {shlex.quote(f'dump_dir={out}')}"
     )
+
+
+def _steered(folder: Path, origins: dict[str, Fields]) -> str:
+    """What the model of all files was steered by; DataError where they differ in it."""
+    told = {steering_told(origin.content.get("steer")) for origin in origins.values()}
+    if len(told) > 1:
+        raise DataError(
+            f"{folder}: {' and '.join(origins)} are of different interventions (steer): evaluate"
+            " again, with another dump_dir"
+        )
+    return told.pop()
 
 
 def _one_model(folder: Path, origins: dict[str, Fields]) -> tuple[Model, str | None]:

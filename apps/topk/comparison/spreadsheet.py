@@ -17,7 +17,7 @@ COLUMNS = (
     *MARK.split(","),
     "difference_kind", "difference_stderr", "paired", "beyond_1.96_stderr", "settings_differ",
     "items", "higher_is_better", "D", "L", "k", "nontopk_layers", "vocab_size", "parameters",
-    "tokens", "steps", "step", "commit", "checkpoint", "evaluation",
+    "tokens", "steps", "step", "commit", "checkpoint", "evaluation", "steered",
 )  # fmt: skip
 # What makes a spreadsheet take a text for a formula.
 FORMULA = ("=", "+", "-", "@")
@@ -53,6 +53,7 @@ def _measured(comparison: "Comparison", index: int, measure: Measure) -> dict[st
         "filter": measure.filter, "value": result.estimate.value, "stderr": result.estimate.stderr,
         "items": result.n, "higher_is_better": _truth(better > 0) if better else None,
         "commit": run.commit, "checkpoint": run.checkpoint, "evaluation": str(run.folder),
+        "steered": run.steered or None,
         **_model(run.model),
     }  # fmt: skip
 

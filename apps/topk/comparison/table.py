@@ -118,7 +118,7 @@ def _twins(runs: list[Run], forced: str | None) -> tuple[list[Run | None], list[
             for run in others
             if unlike(run, twin)
         ]
-        if twin.model.topk is not None:
+        if twin.model.topk is not None and any(not run.steered for run in others):
             notes.append(f"{twin.name}, which the others are compared with, has TopK itself")
         return [None if run is twin else twin for run in runs], notes
     found = [find_twin(run, runs) for run in runs]

@@ -31,8 +31,10 @@ def unlike(run: Run, twin: Run) -> str:
 def find_twin(run: Run, runs: Sequence[Run]) -> tuple[Run | None, str]:
     """The vanilla twin of a TopK run, or None and why there is none.
 
-    A vanilla run needs no twin, and no reason.
+    That of a steered model is the same model as it is. A vanilla run needs no twin, and no reason.
     """
+    if run.steered:
+        return _unsteered(run, runs)
     if run.model.topk is None:
         return None, ""
     vanilla = [one for one in runs if one.model.topk is None]
@@ -47,6 +49,17 @@ def find_twin(run: Run, runs: Sequence[Run]) -> tuple[Run | None, str]:
     reasons = "; ".join(f"{one.name} has {unlike(one, run)}" for one in vanilla[:3])
     more = f"; and {len(vanilla) - 3} more" if len(vanilla) > 3 else ""
     return None, f"no vanilla run fits ({reasons}{more}): {HOW_TO_CHOOSE}"
+
+
+def _unsteered(run: Run, runs: Sequence[Run]) -> tuple[Run | None, str]:
+    """The evaluation of the same checkpoint without steering, or None and why there is none."""
+    found = [one for one in runs if not one.steered and one.checkpoint == run.checkpoint]
+    if len(found) == 1:
+        return found[0], ""
+    if found:
+        names = ", ".join(one.name for one in found)
+        return None, f"it was evaluated unsteered several times ({names}): {HOW_TO_CHOOSE}"
+    return None, f"no evaluation of its checkpoint without steering was given: {HOW_TO_CHOOSE}"
 
 
 def forced_twin(name: str, runs: Sequence[Run]) -> Run:

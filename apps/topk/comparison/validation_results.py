@@ -10,7 +10,12 @@ import numpy as np
 from apps.topk.comparison.estimates import Estimate, Items, usable_stderr
 from apps.topk.comparison.fields import Fields, as_number, read_json_lines
 from apps.topk.comparison.measures import L0, VALIDATION, Measure, Result, reproduced
-from apps.topk.evaluation.results import DOCUMENTS_NAME, PROVENANCE, VALIDATION_NAME
+from apps.topk.evaluation.results import (
+    DOCUMENTS_NAME,
+    PROVENANCE,
+    VALIDATION_NAME,
+    steering_told,
+)
 from lingua_topk.errors import DataError
 
 PERPLEXITY, BITS = "perplexity", "bits a byte"
@@ -51,7 +56,8 @@ def read_validation(
 
 def _common_settings(origin: Fields) -> dict[str, Any]:
     as_trained = bool(origin.section("args").content.get("as_trained", False))
-    return {"dtype": origin.text("dtype"), "as_trained": as_trained}
+    steered = steering_told(origin.content.get("steer")) or "by nothing"
+    return {"dtype": origin.text("dtype"), "as_trained": as_trained, "steered": steered}
 
 
 def _measures(

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from apps.topk import cli
 from apps.topk.evaluation.validation import Documents
 from apps.topk.provenance import write_json, write_text
 from apps.topk.records import drop_step
@@ -22,37 +23,72 @@ TASK_RECORDS = "metrics.eval.jsonl"
 VALIDATION_RECORDS = "metrics.validation.jsonl"
 
 
-def begin(folder: Path, checkpoint: Path) -> None:
-    """Take back that all is there. ConfigError where another checkpoint's evaluation is."""
-    if not _is_its_place(folder, checkpoint):
-        _refuse_other(folder, checkpoint)
+def begin(folder: Path, checkpoint: Path, steer: dict[str, Any] | None = None) -> None:
+    """Take back that all is there.
+
+    steer: what the model is steered by, as the results tell it; None for the model as it is.
+    ConfigError where the evaluation of another checkpoint is, or under other interventions.
+    """
+    if not is_its_place(folder, checkpoint):
+        _refuse_other(folder, checkpoint, steer)
     (folder / DONE_NAME).unlink(missing_ok=True)
 
 
-def _refuse_other(folder: Path, checkpoint: Path) -> None:
-    for name in (DONE_NAME, VALIDATION_NAME, TASKS_NAME):
-        there = _checkpoint_of(folder / name)
-        if there is not None and Path(there).resolve() != checkpoint.resolve():
+def _refuse_other(folder: Path, checkpoint: Path, steer: dict[str, Any] | None) -> None:
+    for origin in _origins_in(folder):
+        there = origin["checkpoint"]
+        if Path(there).resolve() != checkpoint.resolve():
             raise ConfigError(
                 f"dump_dir={folder} holds the evaluation of {there}: give another folder for that"
                 f" of {checkpoint.resolve()}"
             )
+        if _interventions(origin.get("steer")) != _interventions(steer):
+            raise ConfigError(
+                f"dump_dir={folder} holds the evaluation of {_model_told(origin.get('steer'))}:"
+                f" give another folder for that of {_model_told(steer)}"
+            )
 
 
-def _is_its_place(folder: Path, checkpoint: Path) -> bool:
+def is_steered(folder: Path) -> bool:
+    """Whether the evaluation in a folder is of a steered model."""
+    origin = next(_origins_in(folder), {})  # the first is the smallest file
+    return origin.get("steer") is not None
+
+
+def steering_told(steer: Any) -> str:
+    """What a model was steered by, as its results tell it, as one printable line; "" for none."""
+    if steer is None:
+        return ""
+    told = steer.get("told") if isinstance(steer, dict) else None
+    return cli.one_line(told) if isinstance(told, str) else "something that is not told"
+
+
+def _model_told(steer: Any) -> str:
+    told = steering_told(steer)
+    return f"the model steered by {told}" if told else "the model as it is"
+
+
+def _interventions(steer: Any) -> Any:
+    return steer.get("interventions") if isinstance(steer, dict) else steer
+
+
+def is_its_place(folder: Path, checkpoint: Path) -> bool:
     """Whether training evaluates `checkpoint` there: what is in it is of a run that was moved."""
     checkpoint = checkpoint.resolve()
     run = checkpoint.parents[1] if len(checkpoint.parts) > 2 else checkpoint
     return folder.resolve() == run / "evals" / checkpoint.name
 
 
-def _checkpoint_of(path: Path) -> str | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content.get(PROVENANCE, content)["checkpoint"]
-        return found if isinstance(found, str) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
+def _origins_in(folder: Path) -> Iterator[dict[str, Any]]:
+    """Where the files of an evaluation come from; of those that say it."""
+    for name in (DONE_NAME, VALIDATION_NAME, TASKS_NAME):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            origin = content.get(PROVENANCE, content)
+            if isinstance(origin["checkpoint"], str):
+                yield origin
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
 
 
 def write_validation(

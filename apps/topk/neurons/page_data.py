@@ -53,7 +53,7 @@ def read_page_data(
     recording = open_recording(folder / RECORDING)
     layers = read_layers(folder / MODEL)
     _check(folder, about, layers, recording, pieces)
-    compared = _read_json(folder / "comparison.json")
+    compared = read_json(folder / "comparison.json")
     return Report(
         title=_title(about),
         facts=_facts(about, recording),
@@ -93,7 +93,7 @@ def _check(
         )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """None where the file is not there."""
     if not path.is_file():
         return None
@@ -156,18 +156,18 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _figures(folder: Path) -> Iterator[Figure]:
     traced = _traced_on(folder / TRACE / "trace.json")
-    drawing = _read_svg(folder / "entropy.svg")
+    drawing = read_svg(folder / "entropy.svg")
     if drawing:
         yield Figure("Entropies over layers", f"{comparison_text.CAPTION}.", drawing)
     for name, title in TRACE_FIGURES.items():
-        drawing = _read_svg(folder / TRACE / f"{name}.svg")
+        drawing = read_svg(folder / TRACE / f"{name}.svg")
         if drawing:
             yield Figure(title, traced, drawing)
 
 
 def _traced_on(path: Path) -> str:
     """What the trace was made with, which may be other text and vectors than the analysis."""
-    about = _read_json(path)
+    about = read_json(path)
     if about is None:
         return ""
     try:
@@ -179,7 +179,7 @@ def _traced_on(path: Path) -> str:
         raise DataError(f"{path} is no trace ({one_line(repr(error))}): trace again") from None
 
 
-def _read_svg(path: Path) -> str:
+def read_svg(path: Path) -> str:
     """ "" where there is none."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -265,7 +265,7 @@ def strongest_firings(found: Firings, most: int) -> Firings:
 
 def read_trace(folder: Path, width: int) -> Trace | None:
     """What apps.topk.trace wrote; None where it did not. DataError where it does not fit."""
-    about = _read_json(folder / "trace.json")
+    about = read_json(folder / "trace.json")
     if about is None:
         return None
     path = folder / "trace.safetensors"

@@ -1,7 +1,7 @@
 // Which part is shown: the hash of the address says so, and the history remembers.
 
 const VIEWS = { overview: showOverview, neurons: showNeurons, neuron: showNeuron, texts: showTexts,
-  text: showTextPage };
+  text: showTextPage, ...(meta.isSteered && { steering: showSteering }) };
 const PARENTS = { neuron: "neurons", text: "texts" };
 let current = { view: "", what: "" };
 
@@ -40,6 +40,7 @@ function arrive(before, next) {
   }
   if (!before.view && !location.hash) return;
   window.scrollTo(0, 0);
+  if (next.view === "steering" && next.what) return byId("steering-texts").focus();
   const title = byId(`view-${next.view}`).querySelector("h1");
   title.focus({ preventScroll: true });
   if (next.view === "text") reading.tokens?.[reading.position]?.scrollIntoView({ block: "center" });

@@ -7,12 +7,12 @@ async function showNeuron(name) {
     view.replaceChildren(heading(`There is no neuron ${name}`), backLink());
     return;
   }
-  const neuron = await neuronData(number);
+  const [neuron, steered] = [await neuronData(number), await steeredPart(name)];
   document.title = `Neuron ${name} · ${meta.title}`;
   view.replaceChildren(
     neuronHead(neuron),
-    ...(neuron.count ? neuronBody(neuron) : [deadNote(), sameIndex(neuron), trace(neuron)])
-      .filter(Boolean),
+    ...(neuron.count ? neuronBody(neuron, steered)
+      : [deadNote(), steered, sameIndex(neuron), trace(neuron)]).filter(Boolean),
   );
 }
 
@@ -51,9 +51,10 @@ function deadNote() {
   return element("p", {}, "This neuron was 0 on every recorded token: there is nothing to measure.");
 }
 
-function neuronBody(neuron) {
+function neuronBody(neuron, steered) {
   return [
     contexts(neuron),
+    steered,
     element("div", { class: "cards" }, ...[
       measures(neuron),
       topTokens(neuron),

@@ -27,16 +27,10 @@ function fillOverview() {
   }
 }
 
-function comparisonTable({ title, columns, rows, note }) {
-  const head = element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)));
-  const body = rows.map((row) =>
-    element("tr", {}, ...row.map((cell, i) =>
-      i ? element("td", {}, cell) : element("th", { scope: "row" }, cell))));
-  return element("details", { class: "comparison", open: rows.length < 16 },
-    element("summary", {}, title),
-    element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": title },
-      element("table", {}, element("thead", {}, head), element("tbody", {}, ...body))),
-    note ? element("p", { class: "hint" }, note) : null);
+function comparisonTable(table) {
+  return element("details", { class: "comparison", open: table.rows.length < 16 },
+    showText(element("summary"), table.title), scrollingTable(table),
+    table.note ? showText(element("p", { class: "hint" }), table.note) : null);
 }
 
 /** Lists of neurons to look at first, once the table is there. */

@@ -82,3 +82,15 @@ function neuronLink(number, attributes = {}) {
   const name = nameOf(number);
   return element("a", { href: `#neuron/${name}`, class: "neuron-link", ...attributes }, name);
 }
+
+/** A table that is scrolled where it is too wide; cells are texts or elements. */
+function scrollingTable({ title, columns, rows }) {
+  const cell = (tag, what, attributes = {}) =>
+    typeof what === "string" ? showText(element(tag, attributes), what) : element(tag, attributes, what);
+  const head = columns.map((name) => cell("th", name, { scope: "col" }));
+  const body = rows.map((row) => element("tr", {},
+    ...row.map((what, i) => (i ? cell("td", what) : cell("th", what, { scope: "row" })))));
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": visible(title) },
+    element("table", {},
+      element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body)));
+}
