@@ -52,7 +52,12 @@ def write_part(
 ) -> None:
     for index, found in enumerate(layers):
         layer = SimpleNamespace(index=index, is_topk=index in topk, kept=kept, n_tokens=n_tokens)
-        write_layer(folder, layer, Measured(found, [[] for _ in found["counts"]]), "made up")
+        write_layer(
+            folder,
+            layer,
+            Measured(found, *([[] for _ in found["counts"]] for _ in range(2))),
+            "made up",
+        )
 
 
 def write_analysis(

@@ -17,7 +17,9 @@ def layer(index, is_topk=True, **arrays):
         "shuffled_mono_score": np.full(n, 0.05), "shuffled_semantic_entropy": np.full(n, 2.5),
     }  # fmt: skip
     words = [[(word, 1.0), ("x", 0.5)] for word in WORDS]
-    return MeasuredLayer(index, is_topk, "survivors", 100, found | arrays, words)
+    return MeasuredLayer(
+        index, is_topk, "survivors", 100, found | arrays, words, [[] for _ in words]
+    )
 
 
 def test_the_most_extreme_come_first_and_unscored_ones_never():

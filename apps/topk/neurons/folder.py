@@ -4,14 +4,15 @@ OUT/
   analysis.json          what was analysed, how and when; written last
   model/recording/       which neurons fire where (see lingua_topk.analysis.recording)
   model/layers/03.safetensors    the measures of layer 3, arrays [D] or [D, n] by name
-  model/words/03.jsonl   a line a neuron: the words it fires on most, with its values there
+  model/words/03.jsonl   a line a neuron: the words it fires on most strongly, with its values
+                         there; and those that tell it apart, with bits and mean value
   random/                the same of the same architecture with random weights
   twin/                  the same of the vanilla twin, where one was given
   random_twin/           and of the twin's architecture with random weights
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from safetensors.numpy import save
 
 from apps.topk.neurons.measures import Measured
 from apps.topk.provenance import write_bytes, write_json, write_text
+from lingua_topk.analysis.distinctive import DistinctiveWord
 from lingua_topk.analysis.recording import LayerRecording
 from lingua_topk.analysis.semantics import told_by_words
 from lingua_topk.errors import DataError
 
-VERSION = 1
+VERSION = 2
 DONE_NAME = "analysis.json"
 MODEL, RANDOM, TWIN, RANDOM_TWIN = "model", "random", "twin", "random_twin"
 RECORDING = "recording"
@@ -42,6 +44,7 @@ class MeasuredLayer:
         n_tokens: that were recorded.
         arrays: [D] or [D, n] by name.
         words: of each neuron, with its value of largest magnitude there.
+        distinctive: the words that tell each neuron apart, see `distinctive_words`.
     """
 
     index: int
@@ -50,6 +53,7 @@ class MeasuredLayer:
     n_tokens: int
     arrays: dict[str, np.ndarray]
     words: list[list[tuple[str, float]]]
+    distinctive: list[list[DistinctiveWord]]
 
     @property
     def told(self) -> np.ndarray:
@@ -59,9 +63,13 @@ class MeasuredLayer:
 
 def write_layer(folder: Path, layer: LayerRecording, measured: Measured, inputs: str) -> None:
     """Write a layer's files. inputs: a digest of what they are made from; see `is_measured`."""
+    both = zip(measured.words, measured.distinctive, strict=True)
     lines = (
-        json.dumps({"neuron": neuron, "words": words}) + "\n"
-        for neuron, words in enumerate(measured.words)
+        json.dumps(
+            {"neuron": neuron, "words": words, "distinctive": [list(astuple(one)) for one in own]}
+        )
+        + "\n"
+        for neuron, (words, own) in enumerate(both)
     )
     write_text(_words_path(folder, layer.index), "".join(lines))
     metadata = {
@@ -94,15 +102,18 @@ def _read_layer(folder: Path, path: Path) -> MeasuredLayer:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         index = int(facts["layer"])
         text = _words_path(folder, index).read_text(encoding="utf-8")
-        words = [
-            [(word, float(value)) for word, value in json.loads(line)["words"]]
-            for line in text.splitlines()
+        records = [json.loads(line) for line in text.splitlines()]
+        words = [[(word, float(value)) for word, value in one["words"]] for one in records]
+        distinctive = [
+            [DistinctiveWord(word, float(bits), float(mean)) for word, bits, mean in some]
+            for some in (one["distinctive"] for one in records)
         ]
         if len(words) != len(arrays["counts"]):
             raise ValueError(f"words of {len(words)} neurons, and {len(arrays['counts'])} measured")
         return MeasuredLayer(
-            index, facts["is_topk"] == "true", facts["kept"], int(facts["n_tokens"]), arrays, words
-        )
+            index, facts["is_topk"] == "true", facts["kept"], int(facts["n_tokens"]), arrays,
+            words, distinctive,
+        )  # fmt: skip
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} is no layer of an analysis ({error}): analyse again") from None
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lingua_topk.analysis import neurons
+from lingua_topk.analysis.distinctive import DistinctiveWord, distinctive_words
 from lingua_topk.analysis.monoscore import mono_score
 from lingua_topk.analysis.recording import Block, LayerRecording
 from lingua_topk.analysis.semantics import semantic_measures
@@ -70,10 +71,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Measured:
-    """A layer's neurons: arrays [D] or [D, n] by name, and the words each fires on most."""
+    """A layer's neurons: arrays [D] or [D, n] by name, the words that each fires on most strongly,
+    and those that tell it apart."""
 
     arrays: dict[str, np.ndarray]
     words: list[list[tuple[str, float]]]
+    distinctive: list[list[DistinctiveWord]]
 
 
 def measure_layer(
@@ -82,6 +85,7 @@ def measure_layer(
     """What a layer's neurons fire on; `shuffled` is the control, its arrays are named so."""
     parts: list[dict[str, np.ndarray]] = []
     words: list[list[tuple[str, float]]] = []
+    distinctive: list[list[DistinctiveWord]] = []
     counts, control_counts = text.word_counts, shuffled.word_counts
     row_length = text.tokens.shape[1]
     for block in layer.blocks():
@@ -108,9 +112,9 @@ def measure_layer(
             )
         parts.append(part)
         words += fired_on
-    return Measured(
-        {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}, words
-    )
+        distinctive += distinctive_words(block, text.words)
+    arrays = {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+    return Measured(arrays, words, distinctive)
 
 
 def _semantics(

@@ -3,22 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from apps.topk.corpus import progress
 from apps.topk.neurons.arguments import listed
-from apps.topk.neurons.folder import MODEL, RECORDING
 from apps.topk.steering.bench import Bench
 from apps.topk.steering.handles import Handle, parse_name, scored
+from apps.topk.steering.probes import probes_of
 from apps.topk.steering.turning import unknown
-from lingua_topk.analysis.recording import open_recording
 from lingua_topk.errors import ConfigError
 from lingua_topk.steering import Ablate, steer
 
 CANDIDATES = 32  # whose output score is measured
-PROBES, PROBE_TOKENS = 32, 32
 
 
 @dataclass(frozen=True)
@@ -104,14 +98,9 @@ def candidates_of_all(bench: Bench) -> list[Handle]:
 def _scored(bench: Bench, candidates: Sequence[Handle]) -> list[Handle]:
     candidates = candidates[:CANDIDATES]
     with progress.bar("output scores", len(candidates), "neuron") as bar:
-        return scored(candidates, bench.model, bench.tokenizer, _probes(bench), bar.update)
-
-
-def _probes(bench: Bench) -> Tensor:
-    """Beginnings of rows of the text that was analysed, evenly spread: int64 [P, S]."""
-    tokens = open_recording(bench.analysis / MODEL / RECORDING).tokens  # int32 [N, S]
-    rows = np.unique(np.linspace(0, len(tokens) - 1, PROBES).round().astype(np.int64))
-    return torch.from_numpy(tokens[rows, :PROBE_TOKENS]).long()
+        return scored(
+            candidates, bench.model, bench.tokenizer, probes_of(bench.analysis), bar.update
+        )
 
 
 def _names(neurons: Sequence[Handle]) -> str:

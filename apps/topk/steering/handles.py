@@ -2,7 +2,8 @@
 
 A neuron that detects a thing need not produce it, so that a good handle is told by two numbers:
 the semantic entropy of the words it fires on, from the analysis, and an output score, from raising
-it and looking at what the model says next.
+it and looking at what the model says next, as far as that leaves the text fluent (after Arad et
+al., arXiv 2505.20063, who choose features of autoencoders so).
 """
 
 import difflib
@@ -25,6 +26,9 @@ from lingua_topk.steering import Add, steer
 
 NAME = re.compile(r"(\d{1,9}):(\d{1,9})")
 SHOWN_WORDS = 3  # of the nearest, in a message
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in multiples of a neuron's maximum
+MOST_COST = math.log(2)  # nats a token
+LEAST_LOG = -100.0  # log P of a token that is as good as impossible
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,16 @@ class Handle:
     """A neuron of a layer.
 
     Attributes:
-        words: what it fires on, strongest first.
+        words: that tell it apart, most first (see `distinctive_words`).
         semantic_entropy: of those, in bits; NaN where they are too few.
         firing_rate: share of the tokens that it fires on.
         mean, maximum: of its |value| where it fires; 0 where it never does.
-        output_score: in nats, how much likelier its words become as the next word when it is
-            raised by its maximum; None where that was not measured.
+        sign: of its mean value on the first of the words; -1 is for models without TopK only.
+        output_score: in nats, how much likelier its words become as the next word at the strength
+            that is best for that and makes text no more than twice as perplexing; None where that
+            was not measured.
+        strength: that strength, in multiples of its maximum; 0 where none does more good than
+            none.
     """
 
     layer: int
@@ -47,7 +55,9 @@ class Handle:
     firing_rate: float
     mean: float
     maximum: float
+    sign: int = 1
     output_score: float | None = None
+    strength: float | None = None
 
     @property
     def name(self) -> str:
@@ -64,10 +74,17 @@ def parse_name(name: str, field: str = "neuron") -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Handles:
-    """The neurons of all layers of an analysis."""
+    """The neurons of an analysis.
+
+    Attributes:
+        folder: of the analysis.
+        layers: that were analysed, by index.
+        dense: neurons of layers without TopK are handles too.
+    """
 
     folder: Path
     layers: tuple[MeasuredLayer, ...]
+    dense: bool = False
 
     def named(self, name: str) -> Handle:
         """The neuron LAYER:NEURON. ConfigError, with the nearest, for one that is not there."""
@@ -112,7 +129,7 @@ class Handles:
         found = []
         for layer in self.layers:
             entropies = layer.arrays["semantic_entropy"]
-            chosen = layer.told & np.isfinite(entropies) & layer.is_topk
+            chosen = layer.told & np.isfinite(entropies) & self._has_handles(layer)
             found += [
                 (float(entropies[i]), layer.index, int(i), layer) for i in np.flatnonzero(chosen)
             ]
@@ -133,10 +150,14 @@ class Handles:
         """Of every word where it stands in which neuron's list."""
         places: dict[str, list[tuple[int, MeasuredLayer, int]]] = {}
         for layer in self.layers:
-            for neuron, words in enumerate(layer.words if layer.is_topk else ()):
-                for rank, (word, _) in enumerate(words):
-                    places.setdefault(word, []).append((rank, layer, neuron))
+            lists = layer.distinctive if self._has_handles(layer) else ()
+            for neuron, words in enumerate(lists):
+                for rank, one in enumerate(words):
+                    places.setdefault(one.word, []).append((rank, layer, neuron))
         return places
+
+    def _has_handles(self, layer: MeasuredLayer) -> bool:
+        return layer.is_topk or self.dense
 
     @staticmethod
     def _handle(layer: MeasuredLayer, neuron: int) -> Handle:
@@ -144,15 +165,16 @@ class Handles:
             float(layer.arrays[name][neuron])
             for name in ("semantic_entropy", "firing_rate", "mean", "maximum")
         )
-        words = tuple(word for word, _ in layer.words[neuron])
-        return Handle(layer.index, neuron, words, *numbers)
+        words = layer.distinctive[neuron]
+        sign = -1 if words and words[0].mean < 0 else 1
+        return Handle(layer.index, neuron, tuple(one.word for one in words), *numbers, sign)
 
 
 def _falling_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def read_handles(analysis: Path, part: str = MODEL) -> Handles:
+def read_handles(analysis: Path, part: str = MODEL, dense: bool = False) -> Handles:
     """The neurons in the folder of an analysis; `part` as in `apps.topk.neurons.folder`.
 
     DataError where there is no finished analysis, or none of that part.
@@ -161,7 +183,7 @@ def read_handles(analysis: Path, part: str = MODEL) -> Handles:
     layers = read_layers(analysis / part)
     if not layers:
         raise DataError(f"{analysis} has no {part}: analyse again, with --twin for the twin's")
-    return Handles(analysis, tuple(layers))
+    return Handles(analysis, tuple(layers), dense)
 
 
 # The output score --------------------------------------------------------------------------
@@ -193,9 +215,12 @@ def scored(
 ) -> list[Handle]:
     """The handles with their output scores, highest first.
 
-    The score is the mean over the probes of log P'(W) - log P(W): P is what the model gives the
-    next token, P' the same with the neuron raised by its maximum at every position, and W the
-    tokens that its words begin with. A neuron that never fires, or has no words, has none.
+    P is what the model gives the next token after a probe, P' the same with the neuron raised at
+    every position by a multiple of its maximum, W the tokens that its words begin with. The gain is
+    the mean over the probes of log P'(W) - log P(W); the cost that of -log P under P' less that
+    under P, how much more perplexing what the steered model writes is to the other. The score is
+    the largest gain of the multiples in STRENGTHS whose cost is at most log 2. A neuron that never
+    fires, or has no words, has none.
 
     Args:
         tokenizer: a host's, the model's own.
@@ -211,10 +236,7 @@ def scored(
     for one in handles:
         ids = next_word_ids(one.words, encode)
         if ids and one.maximum > 0:
-            with steer(model, [Add(one.layer, one.neuron, one.maximum)], dense=dense):
-                after = last_log_probabilities(model, probes)
-            gain = after[:, ids].logsumexp(dim=-1) - before[:, ids].logsumexp(dim=-1)  # [P]
-            found.append(replace(one, output_score=gain.mean().item()))
+            found.append(_scored(one, model, probes, before, ids, dense))
         else:
             found.append(one)
         if on_progress is not None:
@@ -222,5 +244,36 @@ def scored(
     return sorted(found, key=_by_score)
 
 
+def _scored(
+    one: Handle, model: nn.Module, probes: Tensor, before: Tensor, ids: list[int], dense: bool
+) -> Handle:
+    best, strength = 0.0, 0.0
+    for multiple in STRENGTHS:
+        delta = one.sign * multiple * one.maximum
+        with steer(model, [Add(one.layer, one.neuron, delta)], dense=dense):
+            after = last_log_probabilities(model, probes)  # [P, V]
+        if not _cost(before, after) <= MOST_COST:  # NaN: not
+            continue
+        gain = after[:, ids].logsumexp(dim=-1) - before[:, ids].logsumexp(dim=-1)  # [P]
+        if gain.mean().item() > best:
+            best, strength = gain.mean().item(), multiple
+    return replace(one, output_score=best, strength=strength)
+
+
+def _cost(before: Tensor, after: Tensor) -> float:
+    """How much more perplexing `after` is to `before` than itself, both log P [P, V], in nats."""
+    nats = ((after.exp() - before.exp()) * -before.clamp(min=LEAST_LOG)).sum(dim=-1)  # [P]
+    return nats.mean().item()
+
+
 def _by_score(one: Handle) -> tuple[float, int, int]:
     return (math.inf if one.output_score is None else -one.output_score, one.layer, one.neuron)
+
+
+def distinct_features(handles: Sequence[Handle]) -> list[Handle]:
+    """Of the handles of one index the first: in the residual stream it is one feature, whichever
+    the layer."""
+    firsts: dict[int, Handle] = {}
+    for one in handles:
+        firsts.setdefault(one.neuron, one)
+    return list(firsts.values())
