@@ -3,8 +3,8 @@
 Prepares the documentation of the Python that runs, trains both models from
 configs/quickstart.yaml, both at the same time, evaluates them on the documents that
 were held out (perplexity, and tasks in the manner of WikiText, LAMBADA and HellaSwag that are
-made of them), compares the two, and reads the neurons of both into a report. What is there from
-an earlier run is used.
+made of them), compares the two, reads the neurons of both, turns some of them while the model
+writes, and makes a report of it all. What is there from an earlier run is used.
 """
 
 import sys
@@ -28,9 +28,11 @@ from apps.topk.neurons.listing import describe
 from apps.topk.prepare import prepare
 from apps.topk.provenance import write_text
 from apps.topk.report import report
+from apps.topk.steer_eval import steer_eval
+from apps.topk.steering.shown_example import show_example
 from apps.topk.tasks import make_tasks
 from lingua.optim import build_lr_fn
-from lingua_topk.errors import ConfigError
+from lingua_topk.errors import ConfigError, DataError
 
 PROGRAM = "apps.topk.quickstart"
 CONFIG = "configs/quickstart.yaml"
@@ -41,6 +43,8 @@ TASKS_FOLDER = "tasks"  # below data.root_dir
 MAX_ITEMS = 100  # a task
 TABLE = "table.md"
 REPORT = "report.html"
+# Fewer deltas, prompts and candidates than by default: it takes a minute.
+STEERING = {"deltas": "1,2,4", "num_prompts": 24, "candidates": 64}
 # The twin differs from the TopK model in this and in nothing else.
 RUNS = {"topk": [], "vanilla": ["model.topk=null"]}
 
@@ -57,6 +61,7 @@ What to try next, from {root}:
   another k:         {python} -m apps.topk.train config={config} model.topk.k=16 dump_dir=dumps/k16
   your own text:     {python} -m apps.topk.prepare --source FOLDER --out data/mine --vocab_size 2000
   let it write:      {python} -m apps.topk.generate --ckpt {dump_dir}/topk --prompt "The list"
+  turn a neuron:     {python} -m apps.topk.steer --ckpt {dump_dir}/topk --prompt "The list"
   what a run wrote:  {dump_dir}/topk: config.yaml, train.log, metrics.jsonl, checkpoints, evals
   the table below:   {dump_dir}/table.md, with a legend; and table.csv
   what there is:     README.md, and --help of every program
@@ -88,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for table in comparison.tables():
         Console().print(table)
     _read_neurons(dump_dir)
+    _steer(dump_dir)
 
 
 def _read_neurons(dump_dir: Path) -> None:
@@ -97,6 +103,20 @@ def _read_neurons(dump_dir: Path) -> None:
     analyze(ckpt=topk, twin=twin, quiet=True)
     layers = neuron_files.read_layers(dump_dir / "topk" / NEURONS / neuron_files.MODEL)
     print(f"\n{describe(layers)}\n")
+
+
+def _steer(dump_dir: Path) -> None:
+    """What turning neurons does to the model's text, and the page of it all."""
+    print("steering: neurons are raised while the model writes", flush=True)
+    topk, twin = (str(dump_dir / name) for name in RUNS)
+    try:
+        content = steer_eval(ckpt=topk, twin=twin, quiet=True, **STEERING)
+    except DataError as error:  # a model that is hardly trained has no neuron told by its words
+        print(f"nothing to steer: {error}")
+    else:
+        print()
+        show_example(Console(highlight=False), content)
+    print()
     report(run=topk, out=str(dump_dir / REPORT))
 
 

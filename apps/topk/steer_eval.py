@@ -13,6 +13,7 @@ from apps.topk import cli
 from apps.topk.checkpoint import DTYPES, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
 from apps.topk.devices import device_of
+from apps.topk.generation import BATCH_TOKENS
 from apps.topk.neurons.arguments import folder_in_run, listed
 from apps.topk.prompts import read_prompts
 from apps.topk.sampling import MAX_SEED
@@ -51,7 +52,7 @@ def steer_eval(
     analysis: str = "",
     dtype: str = "fp32",
     device: str = "",
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure what steering does: how far a concept is gained, and what that costs the text.
@@ -91,7 +92,7 @@ def steer_eval(
         analysis: the folder of the analysis; by default neurons in the dump_dir of the run.
         dtype: what the models compute in: fp64, fp32, bf16 or fp16.
         device: cpu or cuda; by default cuda where there is one.
-        batch_tokens: tokens that a model reads at once.
+        batch_tokens: tokens that are kept in memory at once, and that a model reads at once.
         quiet: print what the numbers come to, not the tables.
 
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint

@@ -75,6 +75,19 @@ def test_it_ends_with_the_report_and_a_few_neurons(first):
 
 
 @pytest.mark.slow
+def test_it_shows_one_steered_example_that_it_chose(first):
+    folder, done = first
+    content = json.loads((folder / "dumps/topk/steering/steering.json").read_text())
+    rows = [row for row in content["rows"] if row["method"] == "neuron" and row["chosen"]]
+    best = max(rows, key=lambda row: row["choosing"]["score"])
+    shown = done.stdout[done.stdout.index(f"steering neuron {best['concept']} (") :]
+    assert f"by {best['delta']:g} times its" in shown
+    assert "unsteered" in shown and f"over {best['reported']['tokens']} tokens" in shown
+    page = (folder / "dumps/report.html").read_text(encoding="utf-8")
+    assert 'id="view-steering"' in page
+
+
+@pytest.mark.slow
 def test_the_models_differ_in_topk_alone(first):
     folder, _ = first
     params = [

@@ -7,18 +7,20 @@ the second set and of the words that were held out.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from apps.topk.checkpoint import DTYPES, Checkpoint
 from apps.topk.corpus import progress
 from apps.topk.generation import Generator
+from apps.topk.neurons.analysis import INPUTS_NAME
 from apps.topk.neurons.corpus import token_pieces
 from apps.topk.neurons.folder import MODEL, RECORDING, TWIN
 from apps.topk.sampling import Sampling
@@ -30,7 +32,7 @@ from apps.topk.steering.probes import probes_of, prompts_of_rows
 from lingua_topk.analysis.recording import open_recording
 from lingua_topk.analysis.words import words_of
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
-from lingua_topk.steering import steer
+from lingua_topk.steering import Intervention, steer
 
 CHOOSING, REPORTING = "choosing", "reporting"
 # Generated tokens of unsteered text, times those of steered: the rate of rare words needs many.
@@ -161,9 +163,13 @@ class Experiment:
         if self.twin is not None and self.is_residual:
             sides["twin"] = self._side(self.twin, dense=True)
             work += self._work_of_the_twin()
-        with progress.bar("steering", len(work), "concept") as bar:
-            for side, concept, method in progress.ticking(work, bar):
-                self._measure(sides[side], concept, method)
+        together = [
+            (sides[side], list(some))
+            for (side, _), some in groupby(work, key=lambda one: (one[0], one[1].name))
+        ]
+        with progress.bar("steering", len(together), "concept") as bar:
+            for side, some in progress.ticking(together, bar):
+                self._measure(side, some[0][1], [method for _, _, method in some])
 
     # What is steered -----------------------------------------------------------------------
 
@@ -238,72 +244,106 @@ class Experiment:
 
     def _side(self, model: nn.Module, dense: bool) -> _Side:
         side = _Side(model, dense, {})
-        side.unsteered = self._written(side, None, UNSTEERED_DRAWS)
+        (side.unsteered,) = self._written(side, [], UNSTEERED_DRAWS)
         return side
 
-    def _written(self, side: _Side, intervention: Any, draws: int = 1) -> dict[str, Written]:
-        """What the model writes after the prompts of both sets, all in one batch.
+    def _written(
+        self, side: _Side, interventions: Sequence[Intervention], draws: int = 1
+    ) -> list[dict[str, Written]]:
+        """What the model writes after the prompts of both sets, by set, under each intervention.
 
-        The first draws of a prompt are the same in all texts.
+        All in one batch: every intervention acts on texts of its own. Without any, the unsteered
+        texts, `draws` of each prompt. The draws of a prompt are the same in all.
         """
-        n_choosing = len(self.prompts[CHOOSING])
-        prompts = [*self.prompts[CHOOSING], *self.prompts[REPORTING]] * draws
+        prompts = [*self.prompts[CHOOSING], *self.prompts[REPORTING]]
+        size, n_copies = len(prompts), max(len(interventions), draws)
         settings = self.settings
         sampling = Sampling(
             settings.max_tokens, settings.temperature, seed=settings.seed, ignore_eos=True
         )
         generator = Generator(side.model, self.tokenizer, self.batch_tokens)
-        steering = nullcontext()
-        if intervention is not None:
-            steering = steer(side.model, [intervention], side.dense)
-        with steering:
-            tokens = [one.tokens for one in generator.generate_tokens(prompts, sampling)]
+        longest = max(map(len, prompts)) + settings.max_tokens
+        parts = torch.arange(n_copies).repeat_interleave(size)  # [texts]
+        turned = [
+            replace(one, where=(parts == i)[:, None].expand(-1, longest))
+            for i, one in enumerate(interventions)
+        ]
+        seeds = list(range(size)) * n_copies if turned else list(range(size * n_copies))
+        with steer(side.model, turned, side.dense):
+            found = generator.generate_tokens(prompts * n_copies, sampling, draws=seeds)
+        tokens = [one.tokens for one in found]
+        groups = [range(i * size, (i + 1) * size) for i in range(n_copies)]
+        if not turned:
+            groups = [range(len(tokens))]
+        return [self._by_set(prompts, [tokens[i] for i in group]) for group in groups]
+
+    def _by_set(self, prompts: list[list[int]], tokens: list[list[int]]) -> dict[str, Written]:
+        """Texts that go on from the prompts, once or several times over."""
         judge = self.twin if self.twin is not None else self.model
-        size = len(prompts) // draws
+        n_choosing = len(self.prompts[CHOOSING])
         found = {}
-        for name, is_choosing in ((CHOOSING, True), (REPORTING, False)):
-            mine = [i for i in range(len(prompts)) if (i % size < n_choosing) == is_choosing]
+        for name in (CHOOSING, REPORTING):
+            mine = [
+                i for i in range(len(tokens))
+                if (i % len(prompts) < n_choosing) == (name == CHOOSING)
+            ]  # fmt: skip
             found[name] = written(
-                [prompts[i] for i in mine], [tokens[i] for i in mine], self.pieces, judge,
-                self.batch_tokens,
+                [prompts[i % len(prompts)] for i in mine], [tokens[i] for i in mine], self.pieces,
+                judge, self.batch_tokens,
             )  # fmt: skip
         return found
 
-    def _measure(self, side: _Side, concept: Concept, method: Method) -> None:
+    def _measure(self, side: _Side, concept: Concept, some: Sequence[Method]) -> None:
         """All deltas on both sets; the one is chosen that is best on the prompts to choose by."""
-        found = {
-            delta: self._numbers(side, concept, method, delta) for delta in self.settings.deltas
-        }
-        # Of equal ones the least.
-        best = max(found, key=lambda delta: (found[delta][CHOOSING].score, -delta))
-        for delta, numbers in found.items():
-            row = Row(method, concept, delta, delta == best, numbers[CHOOSING], numbers[REPORTING])
-            self.rows.append(row)
-            if row.chosen and method.name in (methods.NEURON, methods.DIRECTION):
-                self._note_examples(side, row)
+        found = self._numbers(side, concept, some)
+        for method in some:
+            own = {delta: found[method.name, delta] for delta in self.settings.deltas}
+            # Of equal ones the least.
+            best = max(own, key=lambda delta: (own[delta][CHOOSING].score, -delta))
+            for delta, numbers in own.items():
+                row = Row(
+                    method, concept, delta, delta == best, numbers[CHOOSING], numbers[REPORTING]
+                )
+                self.rows.append(row)
+                if row.chosen and method.name in (methods.NEURON, methods.DIRECTION):
+                    self._note_examples(side, row)
 
     def _numbers(
-        self, side: _Side, concept: Concept, method: Method, delta: float
-    ) -> dict[str, Numbers]:
-        """By set; of the journal, where they are there."""
-        key = (method.name, concept.name, method.neuron, delta)
-        if key not in self._journal:
-            try:
-                texts = self._written(side, method.intervention(delta))
-            except CheckpointError:  # the weights are finite: checked when they were loaded
-                raise ConfigError(
-                    f"deltas={','.join(map(str, self.settings.deltas))}: with {delta} the steered"
-                    " model gives no finite numbers: give smaller ones, or --dtype fp32"
-                ) from None
+        self, side: _Side, concept: Concept, some: Sequence[Method]
+    ) -> dict[tuple[str, float], dict[str, Numbers]]:
+        """By method and delta, and by set; of the journal, where they are there."""
+        keys = {
+            (method.name, concept.name, method.neuron, delta): method.intervention(delta)
+            for method in some
+            for delta in self.settings.deltas
+        }
+        todo = {key: one for key, one in keys.items() if key not in self._journal}
+        if todo:
             words = {CHOOSING: set(concept.handle.words), REPORTING: set(concept.held_out)}
-            self._note(
-                key,
-                {name: compared(texts[name], side.unsteered[name], words[name]) for name in words},
-            )
-        return self._journal[key]
+            for key, texts in zip(todo, self._steered(side, list(todo.values())), strict=True):
+                self._note(
+                    key,
+                    {
+                        name: compared(texts[name], side.unsteered[name], words[name])
+                        for name in words
+                    },
+                )
+        return {(key[0], key[3]): self._journal[key] for key in keys}
+
+    def _steered(
+        self, side: _Side, interventions: Sequence[Intervention]
+    ) -> list[dict[str, Written]]:
+        try:
+            return self._written(side, interventions)
+        except CheckpointError:  # the weights are finite: checked when they were loaded
+            raise ConfigError(
+                f"deltas={','.join(map(str, self.settings.deltas))}: the steered model gives no"
+                " finite numbers: give smaller ones, or --dtype fp32"
+            ) from None
 
     def _note_examples(self, side: _Side, row: Row) -> None:
-        steered = self._written(side, row.method.intervention(row.delta))[REPORTING]
+        (found,) = self._written(side, [row.method.intervention(row.delta)])
+        steered = found[REPORTING]
         plain = side.unsteered[REPORTING]
         # Where the words come most often, of the first prompts: what is shown should show it.
         words = {*row.concept.handle.words, *row.concept.held_out}
@@ -321,7 +361,7 @@ class Experiment:
 
     def inputs(self) -> dict[str, Any]:
         """JSON that is the same only when the results would be."""
-        analysis = (self.analysis / "analysis.json").read_bytes()
+        analysis = (self.analysis / INPUTS_NAME).read_bytes()
         return {
             "checkpoint": self.checkpoint.state(),
             "twin": self.twin_checkpoint and self.twin_checkpoint.state(),
