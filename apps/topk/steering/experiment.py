@@ -34,7 +34,7 @@ from lingua_topk.analysis.words import words_of
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
 from lingua_topk.steering import Intervention, steer
 
-CHOOSING, REPORTING = "choosing", "reporting"
+CHOOSING, REPORTING, ALL_WORDS = "choosing", "reporting", "all_words"
 # Generated tokens of unsteered text, times those of steered: the rate of rare words needs many.
 UNSTEERED_DRAWS = 4
 DIRECTION_TOKENS = 100_000  # of the recorded text that directions are made of, at most
@@ -67,14 +67,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one concept at one delta."""
+    """One method on one concept at one delta.
+
+    Attributes:
+        chosen: whether the delta is the one that was chosen.
+        choosing: on the prompts and the words to choose by.
+        reported: on the other prompts, by the words that were held out.
+        all_words: on those prompts, by all words of the concept.
+    """
 
     method: Method
     concept: Concept
     delta: float
     chosen: bool
     choosing: Numbers
-    reported: Numbers | None
+    reported: Numbers
+    all_words: Numbers
 
 
 @dataclass(frozen=True)
@@ -302,8 +310,9 @@ class Experiment:
             best = max(own, key=lambda delta: (own[delta][CHOOSING].score, -delta))
             for delta, numbers in own.items():
                 row = Row(
-                    method, concept, delta, delta == best, numbers[CHOOSING], numbers[REPORTING]
-                )
+                    method, concept, delta, delta == best, numbers[CHOOSING], numbers[REPORTING],
+                    numbers[ALL_WORDS],
+                )  # fmt: skip
                 self.rows.append(row)
                 if row.chosen and method.name in (methods.NEURON, methods.DIRECTION):
                     self._note_examples(side, row)
@@ -319,15 +328,8 @@ class Experiment:
         }
         todo = {key: one for key, one in keys.items() if key not in self._journal}
         if todo:
-            words = {CHOOSING: set(concept.handle.words), REPORTING: set(concept.held_out)}
             for key, texts in zip(todo, self._steered(side, list(todo.values())), strict=True):
-                self._note(
-                    key,
-                    {
-                        name: compared(texts[name], side.unsteered[name], words[name])
-                        for name in words
-                    },
-                )
+                self._note(key, _compared(concept, texts, side.unsteered))
         return {(key[0], key[3]): self._journal[key] for key in keys}
 
     def _steered(
@@ -394,6 +396,21 @@ class Experiment:
         self._journal[key] = numbers
         with open(self.journal_path, "a", encoding="utf-8") as file:
             file.write(_line(key, numbers) + "\n")
+
+
+def _compared(
+    concept: Concept, steered: Mapping[str, Written], unsteered: Mapping[str, Written]
+) -> dict[str, Numbers]:
+    """The texts of a set by the words that are looked for in it."""
+    own, held_out = set(concept.handle.words), set(concept.held_out)
+    asked = {
+        CHOOSING: (CHOOSING, own), REPORTING: (REPORTING, held_out),
+        ALL_WORDS: (REPORTING, own | held_out),
+    }  # fmt: skip
+    return {
+        name: compared(steered[which], unsteered[which], words)
+        for name, (which, words) in asked.items()
+    }
 
 
 def _line(key: tuple, numbers: Mapping[str, Numbers]) -> str:

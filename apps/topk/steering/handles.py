@@ -190,8 +190,14 @@ def read_handles(analysis: Path, part: str = MODEL, dense: bool = False) -> Hand
 
 
 def next_word_ids(words: Sequence[str], encode: Callable[[str], list[int]]) -> list[int]:
-    """The tokens that these words begin with after a space, each once, rising."""
-    return sorted({ids[0] for word in words if (ids := encode(f" {word}"))})
+    """The tokens that are such a word after a space, as a whole, each once, rising.
+
+    A piece that a word begins with begins many others, so that words of several pieces are left
+    out; where no word is a single token, their first pieces have to do.
+    """
+    spelled = [ids for word in words if (ids := encode(f" {word}"))]
+    whole = [ids for ids in spelled if len(ids) == 1]
+    return sorted({ids[0] for ids in whole or spelled})
 
 
 def last_log_probabilities(model: nn.Module, rows: Tensor) -> Tensor:
@@ -216,7 +222,7 @@ def scored(
     """The handles with their output scores, highest first.
 
     P is what the model gives the next token after a probe, P' the same with the neuron raised at
-    every position by a multiple of its maximum, W the tokens that its words begin with. The gain is
+    every position by a multiple of its maximum, W its words (see `next_word_ids`). The gain is
     the mean over the probes of log P'(W) - log P(W); the cost that of -log P under P' less that
     under P, how much more perplexing what the steered model writes is to the other. The score is
     the largest gain of the multiples in STRENGTHS whose cost is at most log 2. A neuron that never

@@ -71,7 +71,8 @@ def _row(one: Row) -> dict[str, Any]:
         "delta": one.delta,
         "absolute": one.delta * one.method.unit,
         "chosen": one.chosen,
-        "reported": one.reported and one.reported.json(),
+        "reported": one.reported.json(),
+        "all_words": one.all_words.json(),
         "choosing": one.choosing.json(),
     }
 
@@ -110,6 +111,11 @@ def summarised(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
             record[measure] = float(np.median(values))
             if measure in WITH_INTERVAL:
                 record[f"{measure}_ci95"] = _interval(values, draws)
+        record["lift_all_words"] = float(
+            np.median([
+                row.all_words.lift for row in rows if row.chosen and row.method.name == name
+            ])
+        )  # fmt: skip
         reached = [
             one for one in chosen if one.lift >= AIM_LIFT and one.perplexity_ratio <= AIM_RATIO
         ]
@@ -222,23 +228,24 @@ def as_csv(content: dict[str, Any]) -> str:
     names = ["method", "concept", "layer", "neuron", "delta", "absolute", "chosen"]
     measures = list(content["rows"][0]["reported"])
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*names, *measures, "choosing_score"])
+    writer.writerow([*names, *measures, "lift_all_words", "choosing_score"])
     for row in content["rows"]:
         numbers = [row["reported"][measure] for measure in measures]
-        writer.writerow([*(row[name] for name in names), *numbers, row["choosing"]["score"]])
+        more = (row["all_words"]["lift"], row["choosing"]["score"])
+        writer.writerow([*(row[name] for name in names), *numbers, *more])
     return file.getvalue()
 
 
-COLUMNS = ("method", "concepts", "lift", "perplexity ratio", "distinct-2", "score",
-           f"lift >= {AIM_LIFT} at ratio <= {AIM_RATIO}")  # fmt: skip
+COLUMNS = ("method", "concepts", "lift", "lift, all words", "perplexity ratio", "distinct-2",
+           "score", f"lift >= {AIM_LIFT} at ratio <= {AIM_RATIO}")  # fmt: skip
 LEGEND = """\
 - Medians over concepts, with 95% bootstrap intervals over concepts, at the delta chosen for each \
 on other prompts and by other words than those of the numbers.
 - **lift**: how many times more often the held-out words of a concept are generated than without \
-steering, (hits + 1/2) / (expected hits + 1/2). **perplexity ratio**: of steered over unsteered \
-text, under the judge. **distinct-2**: share of different pairs of neighbouring tokens. **score**: \
-harmonic mean of 1 - 1 / lift, 1 / perplexity ratio and the ratio of distinct-2, each at most 1; 0 \
-if one is 0.
+steering, (hits + 1/2) / (expected hits + 1/2); **all words**: with those that delta was chosen \
+by. **perplexity ratio**: of steered over unsteered text, under the judge. **distinct-2**: share of \
+different pairs of neighbouring tokens. **score**: harmonic mean of 1 - 1 / lift, 1 / perplexity \
+ratio and the ratio of distinct-2, each at most 1; 0 if one is 0.
 - **random neuron**: of the same layer, of about the same firing rate, with the same words. \
 **direction**: mean of the layer's values where the words stand less the mean elsewhere. **twin \
 neuron**: of the vanilla twin, chosen alike, with its own words. **twin direction**: as direction, \
@@ -248,7 +255,8 @@ in the twin."""
 def _cells(record: dict[str, Any]) -> list[str]:
     return [
         record["method"], str(record["n"]), _with(record, "lift"),
-        _with(record, "perplexity_ratio"), f"{record['distinct_2']:.3f}", _with(record, "score"),
+        f"{record['lift_all_words']:.3g}", _with(record, "perplexity_ratio"),
+        f"{record['distinct_2']:.3f}", _with(record, "score"),
         f"{record['n_reached']} of {record['n']}",
     ]  # fmt: skip
 
