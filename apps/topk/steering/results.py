@@ -244,8 +244,8 @@ on other prompts and by other words than those of the numbers.
 - **lift**: how many times more often the held-out words of a concept are generated than without \
 steering, (hits + 1/2) / (expected hits + 1/2); **all words**: with those that delta was chosen \
 by. **perplexity ratio**: of steered over unsteered text, under the judge. **distinct-2**: share \
-of different pairs of neighbouring tokens. **score**: harmonic mean of 1 - 1 / lift, 1 / perplexity \
-ratio and the ratio of distinct-2, each at most 1; 0 if one is 0.
+of different pairs of neighbouring tokens. **score**: harmonic mean of 1 - 1 / lift, 1 / \
+perplexity ratio and the ratio of distinct-2, each at most 1; 0 if one is 0.
 - **random neuron**: of the same layer, of about the same firing rate, with the same words. \
 **direction**: mean of the layer's values where the words stand less the mean elsewhere. **twin \
 neuron**: of the vanilla twin, chosen alike, with its own words. **twin direction**: as direction, \
