@@ -280,16 +280,18 @@ def test_the_output_score_by_its_formula(handles, models, tokenizer, runs):
         for multiple in handles_module.STRENGTHS:
             with steer(model, [Add(one.layer, one.neuron, multiple * one.maximum)]):
                 after = log_p()
-            gains = [
-                math.log(after[i, ids].exp().sum()) - math.log(before[i, ids].exp().sum())
-                for i in range(5)
+            masses = [
+                sum(one[i, ids].exp().sum().item() for i in range(5)) for one in (after, before)
             ]
+            gain = math.log(masses[0] / masses[1])
             costs = [
                 -(after[i].exp() * before[i]).sum() + (before[i].exp() * before[i]).sum()
                 for i in range(5)
             ]
-            if sum(costs) / 5 <= math.log(2) and sum(gains) / 5 > best:
-                best, strength = sum(gains) / 5, multiple
+            if sum(costs) / 5 > math.log(2):
+                break
+            if gain > best:
+                best, strength = gain, multiple
         assert found[one.name].output_score == pytest.approx(best, abs=1e-4)
         assert found[one.name].strength == strength
     ordered = [one.output_score for one in found.values()]

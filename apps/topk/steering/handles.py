@@ -26,6 +26,7 @@ from lingua_topk.steering import Add, steer
 
 NAME = re.compile(r"(\d{1,9}):(\d{1,9})")
 SHOWN_WORDS = 3  # of the nearest, in a message
+LEAST_WORDS = 4  # of a handle: two to choose by, two that are held out
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in multiples of a neuron's maximum
 MOST_COST = math.log(2)  # nats a token
 LEAST_LOG = -100.0  # log P of a token that is as good as impossible
@@ -125,13 +126,15 @@ class Handles:
         return [handle for _, handle in found]
 
     def shortlist(self, n: int) -> list[Handle]:
-        """The `n` neurons of lowest semantic entropy that are told by their words."""
+        """The `n` neurons of lowest semantic entropy, of those that have one and have words."""
         found = []
         for layer in self.layers:
             entropies = layer.arrays["semantic_entropy"]
-            chosen = layer.told & np.isfinite(entropies) & self._has_handles(layer)
+            chosen = np.flatnonzero(np.isfinite(entropies)) if self._has_handles(layer) else ()
             found += [
-                (float(entropies[i]), layer.index, int(i), layer) for i in np.flatnonzero(chosen)
+                (float(entropies[i]), layer.index, int(i), layer)
+                for i in chosen
+                if len(layer.distinctive[i]) >= LEAST_WORDS
             ]
         found.sort(key=lambda one: one[:3])
         return [self._handle(layer, neuron) for _, _, neuron, layer in found[:n]]
@@ -222,11 +225,12 @@ def scored(
     """The handles with their output scores, highest first.
 
     P is what the model gives the next token after a probe, P' the same with the neuron raised at
-    every position by a multiple of its maximum, W its words (see `next_word_ids`). The gain is
-    the mean over the probes of log P'(W) - log P(W); the cost that of -log P under P' less that
-    under P, how much more perplexing what the steered model writes is to the other. The score is
-    the largest gain of the multiples in STRENGTHS whose cost is at most log 2. A neuron that never
-    fires, or has no words, has none.
+    every position by a multiple of its maximum, W its words (see `next_word_ids`). The gain is log
+    mean P'(W) - log mean P(W), means over the probes: the log of the lift that is to be expected.
+    The cost is that of -log P under P' less that under P, how much more perplexing what the
+    steered model writes is to the other. The score is the largest gain of the multiples in
+    STRENGTHS up to the first that costs more than log 2. A neuron that never fires, or has no
+    words, has none.
 
     Args:
         tokenizer: a host's, the model's own.
@@ -259,11 +263,16 @@ def _scored(
         with steer(model, [Add(one.layer, one.neuron, delta)], dense=dense):
             after = last_log_probabilities(model, probes)  # [P, V]
         if not _cost(before, after) <= MOST_COST:  # NaN: not
-            continue
-        gain = after[:, ids].logsumexp(dim=-1) - before[:, ids].logsumexp(dim=-1)  # [P]
-        if gain.mean().item() > best:
-            best, strength = gain.mean().item(), multiple
+            break  # more of it costs more
+        gain = (_log_mass(after, ids) - _log_mass(before, ids)).item()
+        if gain > best:
+            best, strength = gain, multiple
     return replace(one, output_score=best, strength=strength)
+
+
+def _log_mass(log_p: Tensor, ids: list[int]) -> Tensor:
+    """log of the sum over probes of P(W), of log P [P, V]; []."""
+    return log_p[:, ids].logsumexp(dim=(0, 1))
 
 
 def _cost(before: Tensor, after: Tensor) -> float:
