@@ -19,12 +19,14 @@ def undisturbed():
     """
     root, numbers = logging.getLogger(), (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     handlers = [one for one in root.handlers if type(one).__module__.startswith("_pytest")]
-    root.handlers[:], root.level = handlers, logging.WARNING
+    root.handlers[:] = handlers
+    root.setLevel(logging.WARNING)  # unlike root.level = ..., also for loggers that remember it
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
-    root.handlers[:], root.level = handlers, logging.WARNING
+    root.handlers[:] = handlers
+    root.setLevel(logging.WARNING)
 
 
 def pytest_addoption(parser):

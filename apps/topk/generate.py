@@ -1,8 +1,5 @@
 """Continue texts with the model of a checkpoint: on the terminal, or many into a file."""
 
-import functools
-import json as jsonlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -11,35 +8,26 @@ from typing import Any
 
 import torch
 
-from apps.topk import cli, terminal
+from apps.topk import cli, result_lines, terminal
 from apps.topk.checkpoint import DTYPES, Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags, progress
 from apps.topk.devices import device_of
 from apps.topk.generation import BATCH_TOKENS, Generation, Generator
 from apps.topk.prompts import read_prompts
-from apps.topk.provenance import provenance, write_json
+from apps.topk.provenance import provenance
 from apps.topk.sampling import Sampling
 from lingua_topk.errors import ConfigError
 
 PROGRAM = "apps.topk.generate"
 EXAMPLE = "--ckpt DUMP_DIR --prompt 'The file is'"
-PROVENANCE_SUFFIX = ".provenance.json"
 # Flags that may be given several times; their values are taken as they are.
 TEXT_FLAGS = ("prompt", "stop")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; mistakes raise a UserError, for `cli.run` to report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        argv = ["--help"]
-    rest, texts = flags.split_texts(argv, TEXT_FLAGS)
-
-    @functools.wraps(generate)
-    def command(**arguments: Any) -> None:
-        generate(**arguments, **texts)
-
-    flags.call(command, PROGRAM, rest, EXAMPLE)
+    argv = sys.argv[1:] if argv is None else argv
+    flags.call(generate, PROGRAM, argv, EXAMPLE, texts=TEXT_FLAGS)
 
 
 def generate(
@@ -104,10 +92,13 @@ def generate(
     sampling = Sampling(
         max_tokens, temperature, top_p, top_k, seed, tuple(_listed(stop)), ignore_eos
     )
-    _check(num, dtype, temperature, batch_tokens)
+    sampling.check_completions(num)
+    _check(dtype, batch_tokens)
     place = device_of(device)
     texts = read_prompts(_listed(prompt), prompts)
-    out = _new_file(json, has_prompts=texts is not None)
+    if json and texts is None:
+        raise ConfigError(f"json={json!r} needs prompts: give --prompt or --prompts")
+    out = result_lines.new_file(json)
     checkpoint = open_checkpoint(checkpoint_folder(ckpt))
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model(place, DTYPES[dtype], as_trained)
     add_bos = bool(checkpoint.params["data"].get("add_bos", True))
@@ -136,37 +127,11 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _check(num: int, dtype: str, temperature: float, batch_tokens: int) -> None:
-    if num < 1:
-        raise ConfigError(f"num={num} is not allowed: give at least 1")
-    if num > 1 and temperature == 0:
-        raise ConfigError(
-            f"num={num} with temperature=0 would give the same text {num} times: give a"
-            " --temperature above 0, such as 0.8"
-        )
+def _check(dtype: str, batch_tokens: int) -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
-
-
-def _new_file(name: str, has_prompts: bool) -> Path | None:
-    """The file to write. ConfigError where it is there, or could not be written in the end."""
-    if not name:
-        return None
-    path = Path(name).expanduser()
-    if not has_prompts:
-        raise ConfigError(f"json={name!r} needs prompts: give --prompt or --prompts")
-    for one in (path, _beside(path)):
-        if one.exists() or one.is_symlink():
-            raise ConfigError(f"json={name!r}: {one} is there already: choose another --json")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"json={name!r}: {path.parent} is no folder that can be written to")
-    return path
-
-
-def _beside(path: Path) -> Path:
-    return Path(f"{path}{PROVENANCE_SUFFIX}")
 
 
 def _converse(generator: Generator, sampling: Sampling, num: int) -> None:
@@ -209,20 +174,11 @@ def _origin(
 
 
 def _write(out: Path, results: list[Generation], n_prompts: int, origin: dict[str, Any]) -> None:
-    """A line a text, those of a prompt together; the file whole or not at all."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            for index, completion, one in _in_turn(results, n_prompts):
-                line = {"index": index, "completion": completion, **asdict(one)}
-                file.write(jsonlib.dumps(line) + "\n")
-        write_json(_beside(out), origin)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise ConfigError(f"json={str(out)!r} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"written: {out} ({len(results)} texts)")
+    lines = (
+        {"index": index, "completion": completion, **asdict(one)}
+        for index, completion, one in _in_turn(results, n_prompts)
+    )
+    print(f"written: {out} ({result_lines.write(out, lines, origin)} texts)")
 
 
 def _in_turn(results: list[Generation], n_prompts: int) -> Iterator[tuple[int, int, Generation]]:

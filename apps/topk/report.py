@@ -1,6 +1,5 @@
 """A page of an analysis: every neuron with what it fires on, and texts with what fires on them."""
 
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -30,16 +29,8 @@ TEXT_FLAGS = ("text",)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; mistakes raise a UserError, for `cli.run` to report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        argv = ["--help"]
-    rest, texts = flags.split_texts(argv, TEXT_FLAGS)
-
-    @functools.wraps(report)
-    def command(**arguments: Any) -> None:
-        report(**arguments, **texts)
-
-    flags.call(command, PROGRAM, rest, EXAMPLE)
+    argv = sys.argv[1:] if argv is None else argv
+    flags.call(report, PROGRAM, argv, EXAMPLE, texts=TEXT_FLAGS)
 
 
 def report(

@@ -60,6 +60,16 @@ class Sampling:
             if not is_allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: {advice}")
 
+    def check_completions(self, num: int) -> None:
+        """ConfigError where `num` completions of a prompt cannot be, or would be the same."""
+        if num < 1:
+            raise ConfigError(f"num={num} is not allowed: give at least 1")
+        if num > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"num={num} with temperature=0 would give the same text {num} times: give a"
+                " --temperature above 0, such as 0.8"
+            )
+
 
 def row_generator(seed: int, index: int) -> torch.Generator:
     """The generator of the text with that index, on the CPU."""

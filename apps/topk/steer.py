@@ -1,6 +1,5 @@
 """Turn neurons of a TopK model and see the text follow, beside what it writes without."""
 
-import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from apps.topk import cli
+from apps.topk import cli, result_lines
 from apps.topk.checkpoint import Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
 from apps.topk.devices import device_of
@@ -34,16 +33,8 @@ LISTED = 20  # neurons, where nobody says how many
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; mistakes raise a UserError, for `cli.run` to report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        argv = ["--help"]
-    rest, texts = flags.split_texts(argv, TEXT_FLAGS)
-
-    @functools.wraps(steer)
-    def command(**given: Any) -> None:
-        steer(**given, **texts)
-
-    flags.call(command, PROGRAM, rest, EXAMPLE, repeatable=["neuron", "delta"])
+    argv = sys.argv[1:] if argv is None else argv
+    flags.call(steer, PROGRAM, argv, EXAMPLE, repeatable=["neuron", "delta"], texts=TEXT_FLAGS)
 
 
 def steer(
@@ -142,9 +133,10 @@ def steer(
     arguments.check_combination(neuron, concept, n, list, interactive, json, n_given)
     how = arguments.turning_of(delta, unit, mode, where, before_selection, suppress)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
-    arguments.check_generation(num, dtype, temperature, batch_tokens)
+    sampling.check_completions(num)
+    arguments.check_generation(dtype, batch_tokens)
     place = device_of(device)
-    out = arguments.new_file(json)
+    out = result_lines.new_file(json)
     texts = None if list else _texts(given, prompts, interactive)
     if texts is None and json and not list:
         raise ConfigError(f"json={json!r} needs prompts: give --prompt or --prompts")
@@ -229,7 +221,7 @@ def _compare(
         bench, neurons=_lines(choice.neurons), why=choice.why, turning=asdict(how),
         sampling=asdict(sampling), **origin,
     )  # fmt: skip
-    n = output.write(out, output.text_lines(written, choice.neurons, how.unit, num), origin)
+    n = result_lines.write(out, output.text_lines(written, choice.neurons, how.unit, num), origin)
     print(f"written: {out} ({n} texts)")
 
 
@@ -242,7 +234,7 @@ def _list(bench: Bench, concept: str, n: int, out: Path | None, origin: dict[str
     if out is None:
         showing.show_handles(showing.console(), found)
         return
-    output.write(out, iter(_lines(found)), _origin(bench, concept=concept, **origin))
+    result_lines.write(out, _lines(found), _origin(bench, concept=concept, **origin))
     print(f"written: {out} ({len(found)} neurons)")
 
 

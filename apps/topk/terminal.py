@@ -40,10 +40,10 @@ def converse(generator: Generator, sampling: Sampling) -> None:
 
     Ctrl-C ends a continuation. Lines have draws of their own: the seed is counted up.
     """
-    _edit_lines()
+    edit_lines()
     print("Enter the beginning of a text; an empty line ends, Ctrl-C stops a continuation.")
     turn = 0
-    while (line := _read_line()) != "":
+    while (line := read_line()) != "":
         if line is not None:
             seed = (sampling.seed + turn) % (MAX_SEED + 1)
             _continue(generator, line, replace(sampling, seed=seed))
@@ -62,10 +62,16 @@ def _continue(generator: Generator, line: str, sampling: Sampling) -> None:
         print(one_line(str(error)))
 
 
-def _read_line() -> str | None:
-    """What was entered, "" at the end of the input, None where there is nothing to continue."""
+def read_line(echo: bool = False) -> str | None:
+    """What was entered, "" at the end of the input, None where there is nothing to do.
+
+    echo: show the line, where it comes from a pipe and nobody has seen it.
+    """
     try:
-        return input(PROMPT)
+        line = input(PROMPT)
+        if echo:
+            write(line + "\n")
+        return line
     except EOFError:
         print()
         return ""
@@ -76,7 +82,7 @@ def _read_line() -> str | None:
     return None
 
 
-def _edit_lines() -> None:
+def edit_lines() -> None:
     """Arrow keys and a history for `input`, where Python has them."""
     with suppress(ImportError):
         import readline  # noqa: F401

@@ -39,10 +39,15 @@ class Intervention:
     before_selection: bool = False
 
     def __post_init__(self):
-        _check_index("layer", self.layer)
+        self._become(layer=_index("layer", self.layer))
         _check_where(self.where)
         if not isinstance(self.before_selection, bool):
             raise ConfigError(f"before_selection={self.before_selection!r}: give True or False")
+
+    def _become(self, **fields: Any) -> None:
+        """Fields as they were checked: plain numbers and tuples, whatever was given."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def applied(self, x: Tensor, places: Places | None) -> Tensor:
         """x, [B, S, D], with the intervention; x itself is not changed."""
@@ -63,14 +68,15 @@ class _OnNeurons(Intervention):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_neurons(self.neuron)
+        self._become(neuron=_neurons(self.neuron))
         for name in self._numbers:
-            _check_numbers(name, getattr(self, name), len(self.neurons))
+            numbers = _as_numbers(name, getattr(self, name), len(self.neurons))
+            self._become(**{name: numbers})
 
     @property
     def neurons(self) -> tuple[int, ...]:
         """Their indices, also where there is one."""
-        return (self.neuron,) if isinstance(self.neuron, Integral) else tuple(self.neuron)
+        return (self.neuron,) if isinstance(self.neuron, int) else self.neuron
 
     def applied(self, x: Tensor, places: Places | None) -> Tensor:
         index = torch.tensor(self.neurons, device=x.device)
@@ -169,7 +175,9 @@ class AddDirection(Intervention):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers("delta", self.delta, 1)
+        self._become(delta=_number("delta", self.delta))
+        if not isinstance(self.direction, Tensor):
+            raise ConfigError(f"direction is a {type(self.direction).__name__}: give a tensor, [D]")
         if self.direction.dim() != 1 or not self.direction.isfinite().all():
             raise ConfigError(
                 f"direction has the shape {list(self.direction.shape)}: give finite numbers, [D]"
@@ -268,41 +276,51 @@ def _check_where(where: Any) -> None:
                 f"where is a tensor of {where.dtype} and shape {list(where.shape)}: give bool, [T]"
                 " or [B, T]"
             )
-    elif where not in WHERE:
+    elif not isinstance(where, str) or where not in WHERE:
         raise ConfigError(
             f"where={where!r} is not known: choose one of {', '.join(WHERE)}, or give a bool tensor"
         )
 
 
-def _check_index(name: str, index: Any) -> None:
+def _index(name: str, index: Any) -> int:
     if not isinstance(index, Integral) or isinstance(index, bool) or index < 0:
         raise ConfigError(f"{name}={index!r} is not allowed: give a number from 0")
+    return int(index)
 
 
-def _check_neurons(neuron: Any) -> None:
-    listed = [neuron] if isinstance(neuron, Integral) else neuron
-    if isinstance(listed, str) or not isinstance(listed, Sequence) or not listed:
+def _neurons(neuron: Any) -> int | tuple[int, ...]:
+    if isinstance(neuron, Integral):
+        return _index("neuron", neuron)
+    if isinstance(neuron, str | bytes) or not isinstance(neuron, Sequence) or not neuron:
         raise ConfigError(f"neuron={neuron!r} is not allowed: give a number, or several")
-    for one in listed:
-        _check_index("neuron", one)
+    listed = tuple(_index("neuron", one) for one in neuron)
     if len(set(listed)) < len(listed):
         raise ConfigError(f"neuron={neuron!r} names one twice: name each once")
+    return listed
 
 
-def _check_numbers(name: str, numbers: Any, n_neurons: int) -> None:
+def _as_numbers(name: str, numbers: Any, n_neurons: int) -> float | tuple[float, ...]:
     """A number, or one a neuron; infinite ones where they bound something."""
-    is_bound = name in ("minimum", "maximum")
-    listed = [numbers] if isinstance(numbers, Real) else numbers
-    if isinstance(listed, str) or not isinstance(listed, Sequence):
-        raise ConfigError(f"{name}={numbers!r} is not a number: give one, or one for each neuron")
-    for number in listed:
-        is_number = isinstance(number, Real) and not isinstance(number, bool)
-        if not is_number or math.isnan(number) or (math.isinf(number) and not is_bound):
-            raise ConfigError(f"{name}={numbers!r} is not a number: give a finite one")
-    if not isinstance(numbers, Real) and len(numbers) != n_neurons:
+    if isinstance(numbers, str | bytes) or not isinstance(numbers, Sequence):
+        return _number(name, numbers)
+    listed = tuple(_number(name, one) for one in numbers)
+    if len(listed) != n_neurons:
         raise ConfigError(
-            f"{name} has {len(numbers)} numbers for {n_neurons} neurons: give one, or one each"
+            f"{name} has {len(listed)} numbers for {n_neurons} neurons: give one, or one each"
         )
+    return listed
+
+
+def _number(name: str, number: Any) -> float:
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    try:
+        value = float(number) if is_number else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        value = math.inf
+    is_bound = name in ("minimum", "maximum")
+    if math.isnan(value) or (math.isinf(value) and not is_bound):
+        raise ConfigError(f"{name}={number!r} is not a number: give a finite one")
+    return value
 
 
 def describe(one: Intervention) -> dict[str, Any]:
@@ -312,7 +330,12 @@ def describe(one: Intervention) -> dict[str, Any]:
         value = getattr(one, field.name)
         if isinstance(value, Tensor):
             value = f"tensor {list(value.shape)}"
-        elif isinstance(value, float) and math.isinf(value):
+        if value in (-math.inf, math.inf):
             continue
-        content[field.name] = list(value) if isinstance(value, tuple) else value
+        content[field.name] = _listed(value) if isinstance(value, tuple) else value
     return content
+
+
+def _listed(numbers: tuple) -> list:
+    """Null for what bounds nothing: JSON has no infinity."""
+    return [None if math.isinf(one) else one for one in numbers]

@@ -64,14 +64,14 @@ def _topk_site(block: nn.Module) -> Site | None:
     for module in (getattr(block, "topk", None), getattr(feed_forward, "topk", None)):
         if isinstance(module, TopK):
             is_residual = module is getattr(block, "topk", None)
-            return Site(module, width if is_residual else feed_forward.w1.weight.shape[0], True)
+            return Site(module, width if is_residual else feed_forward.w1.out_features, True)
     # The module file of an exported folder is loaded under a name of its own, so that its class is
     # known by what it has.
     own, gate = getattr(block, "topk", None), getattr(feed_forward, "act_fn", None)
     if _is_exported_topk(own):
         return Site(own, width, True)
     if _is_exported_topk(gate):
-        return Site(gate, feed_forward.gate_proj.weight.shape[0], True)
+        return Site(gate, feed_forward.gate_proj.out_features, True)
     return None
 
 
@@ -84,7 +84,7 @@ def _widths(block: nn.Module) -> tuple[nn.Module, int]:
     for feed_forward, gate in (("feed_forward", "w1"), ("mlp", "gate_proj")):
         part = getattr(block, feed_forward, None)
         if part is not None and hasattr(part, gate):
-            return part, getattr(part, gate).weight.shape[1]
+            return part, getattr(part, gate).in_features
     raise ConfigError(
         f"a {type(block).__name__} is no block that is known: give a model shaped like Lingua's, or"
         " one that was exported from it"

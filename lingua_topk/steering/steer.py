@@ -1,14 +1,18 @@
 """The context in which a model is steered."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lingua_topk.errors import ConfigError
 from lingua_topk.steering.interventions import Intervention
 from lingua_topk.steering.places import current
+from lingua_topk.steering.sharing import shared
 from lingua_topk.steering.sites import Site, check_interventions, decoder_of, output_of, sites_of
 from lingua_topk.steering.telling import telling_places
 
@@ -22,10 +26,17 @@ def steer(
     Holds for every way to run the model: plain forward passes, `apps.topk.generation.Generator`,
     and, of an exported model, transformers' `generate`, with and without cached keys and values,
     padded or not. Contexts can be nested; interventions act in the order given, inner contexts
-    after outer ones. The model is steered for all threads that use it.
+    after outer ones. The model is steered for all threads that use it; a copy that is made
+    within stays steered. What torch.compile has compiled runs uncompiled within, in all models:
+    it would not see what steers.
+
+    A backward pass belongs within, too: activation checkpointing runs blocks again there, where
+    no `where` but "all" can be told.
 
     Args:
-        model: a host's with TopK, or an exported one; it may stand inside a wrapper.
+        model: a host's with TopK, or an exported one; it may stand inside a wrapper. For
+            transformers' `generate` without a cache not its decoder alone, which is not told
+            where the prompt ends.
         interventions: on any neurons of any TopK layers.
         dense: the neurons are the components of what a block returns, TopK or not. For models
             without TopK, such as the vanilla twin.
@@ -33,7 +44,7 @@ def steer(
     Raises: ConfigError for a layer or neuron that is not there, or a layer without TopK; the
     model is not touched then. While it runs, for a `where` that a forward pass cannot tell.
     """
-    interventions = list(interventions)
+    interventions = _listed(interventions)
     sites = sites_of(model, dense)
     check_interventions(interventions, sites, len(decoder_of(model).layers), dense)
     with ExitStack() as undo:
@@ -43,7 +54,23 @@ def steer(
                 undo.callback(handle.remove)
         if any(not isinstance(one.where, str) or one.where != "all" for one in interventions):
             undo.enter_context(telling_places(model))
+        if interventions and "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+            undo.enter_context(
+                shared("uncompiled", lambda: torch.compiler.set_stance("force_eager"))
+            )
         yield
+
+
+def _listed(interventions: Iterable[Intervention]) -> list[Intervention]:
+    is_several = isinstance(interventions, Iterable)
+    listed = list(interventions) if is_several else [interventions]
+    wrong = [one for one in listed if not (is_several and isinstance(one, Intervention))]
+    if wrong:
+        raise ConfigError(
+            f"interventions: got {type(wrong[0]).__name__}, which is no list of them: give for"
+            " example [Add(layer=3, neuron=417, delta=8.0)]"
+        )
+    return listed
 
 
 def _hooked(site: Site, interventions: list[Intervention]) -> Iterator[Any]:

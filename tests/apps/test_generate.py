@@ -222,7 +222,7 @@ def test_nothing_is_left_of_results_that_cannot_be_written(runs, tmp_path, monke
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(generate.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
         run("--ckpt", runs / "topk", "--prompt", "The", "--json", tmp_path / "out")
     assert not list(tmp_path.iterdir())

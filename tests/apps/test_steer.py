@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.topk import analyze, cli, generate, steer, terminal
+from apps.topk import analyze, cli, generate, result_lines, steer, terminal
 from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.generation import Generator
 from apps.topk.sampling import Sampling
@@ -353,12 +353,10 @@ def test_without_an_analysis_unknown_numbers_are_null(runs, tmp_path):
 
 
 def test_nothing_is_left_of_results_that_cannot_be_written(runs, tmp_path, monkeypatch):
-    from apps.topk.steering import output
-
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output, "write_text", full)
+    monkeypatch.setattr(result_lines, "write_text", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
         run(runs, "--neuron", "1:3", "--delta", "1", "--prompt=A", "--json", tmp_path / "a")
     assert not list(tmp_path.iterdir())

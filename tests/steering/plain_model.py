@@ -35,13 +35,10 @@ def attention(x, w, n_heads, theta):
         (x @ w[f"attention.{name}.weight"].T).unflatten(-1, (n_heads, -1))
         for name in ("wq", "wk", "wv")
     )
-    q, k = rotated(q, theta), rotated(k, theta)
-    heads = []
-    for head in range(n_heads):
-        scores = q[:, head] @ k[:, head].T / math.sqrt(q.shape[-1])
-        scores = scores + torch.full_like(scores, -torch.inf).triu(1)
-        heads.append(scores.softmax(-1) @ v[:, head])
-    return torch.cat(heads, dim=-1) @ w["attention.wo.weight"].T
+    scores = torch.einsum("she,the->hst", rotated(q, theta), rotated(k, theta))
+    scores = scores / math.sqrt(q.shape[-1]) + torch.full_like(scores, -torch.inf).triu(1)
+    seen = torch.einsum("hst,the->she", scores.softmax(-1), v)
+    return seen.flatten(-2) @ w["attention.wo.weight"].T
 
 
 def plain_logits(weights, tokens, args, before=None, after=None):
@@ -71,15 +68,12 @@ def plain_logits(weights, tokens, args, before=None, after=None):
     return norm(h, weights["norm.weight"], args["eps"]) @ weights["output.weight"].T
 
 
-def plain_greedy(weights, prompt, max_tokens, banned, args, edits_at):
-    """Ids that greedy search adds to a prompt; the whole text is read for each.
+def plain_greedy(weights, prompt, tokens, banned, args, before=None, after=None):
+    """What is likeliest behind a prompt and each further one of its tokens: ids, as many.
 
-    edits_at: a function of the prompt's length and the text's that gives `before` and `after`.
+    They are `tokens` if and only if greedy search writes those: the first is its first one, and
+    what is likeliest behind that and all before it is its next.
     """
-    ids = list(prompt)
-    for _ in range(max_tokens):
-        before, after = edits_at(len(prompt), len(ids))
-        logits = plain_logits(weights, torch.tensor(ids), args, before, after)[-1]
-        logits[banned] = -torch.inf
-        ids.append(int(logits.argmax()))
-    return ids[len(prompt) :]
+    logits = plain_logits(weights, torch.tensor([*prompt, *tokens[:-1]]), args, before, after)
+    logits[:, banned] = -torch.inf
+    return logits[len(prompt) - 1 :].argmax(-1).tolist()

@@ -12,28 +12,30 @@ from tests.apps.small_models import small_model
 VOCAB = 258
 WIDTH = 32
 SHAPE = {"dim": WIDTH, "n_layers": 4, "n_heads": 4, "multiple_of": 16, "max_seqlen": 64}
+SMALL = {**SHAPE, "n_layers": 2}  # for generating, where every token is a forward pass
 SITES = ("residual", "mlp")
 MANY = tuple(range(1, 25, 2))  # so that some of them fire
 
 
 def topk_args(site):
-    return TopKArgs(k=6, n_last_nontopk=1, site=site)  # in layers 0, 1 and 2
+    return TopKArgs(k=6, n_last_nontopk=1, site=site)  # in all layers but the last
 
 
-def steered_model(site="residual"):
-    return small_model(topk=topk_args(site), **SHAPE)
+def steered_model(site="residual", shape=SHAPE):
+    return small_model(topk=topk_args(site), **shape)
 
 
-def plain_args(site):
+def plain_args(site, shape=SHAPE):
+    n_layers = shape["n_layers"]
     return {
-        "n_layers": 4, "n_heads": 4, "theta": 10_000.0, "eps": 1e-5, "k": 6,
-        "topk_layers": (0, 1, 2), "site": site,
+        "n_layers": n_layers, "n_heads": 4, "theta": 10_000.0, "eps": 1e-5, "k": 6,
+        "topk_layers": range(n_layers - 1), "site": site,
     }  # fmt: skip
 
 
-def exported(model, site="residual"):
+def exported(model, site="residual", shape=SHAPE):
     """The same model as transformers runs it."""
-    args = TopKTransformerArgs(vocab_size=VOCAB, topk=topk_args(site), **SHAPE)
+    args = TopKTransformerArgs(vocab_size=VOCAB, topk=topk_args(site), **shape)
     hidden = model.layers[0].feed_forward.hidden_dim
     config = to_hf_config(args, args.topk, hidden)
     config.dtype = torch.float64
@@ -48,27 +50,27 @@ def exported(model, site="residual"):
 def _set(x, places, neurons, values):
     y = x.clone()
     for neuron, value in zip(neurons, values, strict=True):
-        for place in torch.flatten(places.nonzero()).tolist():
-            y[place, neuron] = value(x[place, neuron])
+        y[places, neuron] = value(x[places, neuron])
     return y
 
 
 def add(x, places):
-    return _set(x, places, (3,), (lambda v: v + 2.5,))
+    return _set(x, places, (3,), (lambda v: v + 6.0,))
 
 
 def add_several(x, places):
-    return _set(x, places, (3, 5), (lambda v: v + 2.5, lambda v: v - 1.0))
+    return _set(x, places, (3, 5), (lambda v: v + 6.0, lambda v: v - 4.0))
 
 
 def set_to(x, places):
-    return _set(x, places, (3, 5), (lambda v: 4.0,) * 2)
+    return _set(x, places, (3, 5), (lambda v: torch.full_like(v, 8.0),) * 2)
 
 
 def clamp(x, places):
-    return _set(
-        x, places, MANY, (lambda v: 0.5 if v > 0.5 else 0.25 if v < 0.25 else v,) * len(MANY)
-    )
+    def bounded(v):
+        return torch.where(v > 0.5, 0.5, torch.where(v < 0.25, 0.25, v))
+
+    return _set(x, places, MANY, (bounded,) * len(MANY))
 
 
 def scale(x, places):
@@ -76,22 +78,22 @@ def scale(x, places):
 
 
 def ablate(x, places):
-    return _set(x, places, MANY, (lambda v: 0.0,) * len(MANY))
+    return _set(x, places, MANY, (torch.zeros_like,) * len(MANY))
 
 
 def direction(x, places):
-    step = 0.5 * torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)
-    return torch.stack([row + step if at else row for row, at in zip(x, places, strict=True)])
+    step = 2.0 * torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)
+    return x + places[:, None] * step
 
 
 # By name: the intervention of a layer of that width, and what it means.
 KINDS = {
-    "add": (lambda layer, width, **rest: Add(layer, 3, 2.5, **rest), add),
+    "add": (lambda layer, width, **rest: Add(layer, 3, 6.0, **rest), add),
     "add-several": (
-        lambda layer, width, **rest: Add(layer, (3, 5), (2.5, -1.0), **rest),
+        lambda layer, width, **rest: Add(layer, (3, 5), (6.0, -4.0), **rest),
         add_several,
     ),
-    "set": (lambda layer, width, **rest: Set(layer, (3, 5), 4.0, **rest), set_to),
+    "set": (lambda layer, width, **rest: Set(layer, (3, 5), 8.0, **rest), set_to),
     "clamp": (
         lambda layer, width, **rest: Clamp(layer, MANY, minimum=0.25, maximum=0.5, **rest),
         clamp,
@@ -100,7 +102,7 @@ KINDS = {
     "ablate": (lambda layer, width, **rest: Ablate(layer, MANY, **rest), ablate),
     "direction": (
         lambda layer, width, **rest: AddDirection(
-            layer, torch.linspace(-1, 1, width, dtype=torch.float64), 0.5, **rest
+            layer, torch.linspace(-1, 1, width, dtype=torch.float64), 2.0, **rest
         ),
         direction,
     ),

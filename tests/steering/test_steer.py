@@ -1,7 +1,10 @@
 """steer() in single forward passes, against a model that is written out in plain torch."""
 
+import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,8 +53,18 @@ def model(site):
 
 
 @pytest.fixture(scope="module")
+def theirs(model, site):
+    return exported(model, site)
+
+
+@pytest.fixture(scope="module")
 def residual():
     return steered_model("residual")
+
+
+@pytest.fixture(scope="module")
+def exported_residual(residual):
+    return exported(residual)
 
 
 def expected_logits(model, site, edit, where, before_selection, layer=1):
@@ -82,8 +95,7 @@ def test_a_forward_pass_is_the_plain_one(model, site, kind, before_selection, wh
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("before_selection", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_exported_model_is_steered_alike(model, site, kind, before_selection, where):
-    theirs = exported(model, site)
+def test_the_exported_model_is_steered_alike(model, theirs, kind, before_selection, where):
     assert steerable(theirs) == steerable(model)
     make, _ = KINDS[kind]
     one = make(1, steerable(model)[1], where=WHERE[where], before_selection=before_selection)
@@ -191,8 +203,8 @@ def test_each_text_can_have_its_own_mask(residual):
         residual(TOKENS)
 
 
-def test_the_columns_of_padding_are_not_positions(residual):
-    theirs = exported(residual)
+def test_the_columns_of_padding_are_not_positions(exported_residual):
+    theirs = exported_residual
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
     where = torch.tensor([True, False, True])
@@ -234,8 +246,8 @@ def test_all_is_as_before_whatever_happens(model):
     assert after == parts
 
 
-def test_the_own_generate_is_back(residual):
-    theirs = exported(residual)
+def test_the_own_generate_is_back(exported_residual):
+    theirs = exported_residual
     with steer(theirs, [Add(1, 3, 5.0, where="generated")]):
         assert "generate" in vars(theirs)
     assert "generate" not in vars(theirs)
@@ -327,6 +339,8 @@ def test_blocks_that_are_called_alone_have_to_tell(residual):
         (lambda: Add(1, 3, "8"), "delta='8'"),
         (lambda: Add(1, 3, None), "delta=None"),
         (lambda: Add(1, 3, True), "delta=True"),
+        (lambda: Add(1, 3, 10**400), "delta=1000"),
+        (lambda: Add(1, b"3", 1.0), "neuron=b'3'"),
         (lambda: Add(1, (3, 4), (1.0,)), "1 numbers for 2 neurons"),
         (lambda: Set(1, 3, math.nan), "value=nan"),
         (lambda: Scale(1, 3, math.inf), "factor=inf"),
@@ -334,9 +348,12 @@ def test_blocks_that_are_called_alone_have_to_tell(residual):
         (lambda: Clamp(1, 3, minimum=math.nan), "minimum=nan"),
         (lambda: Add(1, 3, 1.0, where="later"), "where='later'"),
         (lambda: Add(1, 3, 1.0, where=torch.ones(3)), "torch.float32"),
+        (lambda: Add(1, 3, 1.0, where=np.array([True, False])), "where=array"),
         (lambda: Add(1, 3, 1.0, before_selection=1), "before_selection=1"),
         (lambda: AddDirection(1, torch.ones(2, 3), 1.0), r"\[2, 3\]"),
         (lambda: AddDirection(1, torch.tensor([math.nan]), 1.0), "finite"),
+        (lambda: AddDirection(1, [1.0, 2.0], 1.0), "direction is a list"),
+        (lambda: AddDirection(1, torch.ones(32), (1.0,)), "delta=(1.0,)"),
     ],
 )  # fmt: skip
 def test_an_intervention_that_is_not_one(make, said):
@@ -354,11 +371,17 @@ def test_an_intervention_that_is_not_one(make, said):
         (AddDirection(1, torch.ones(31), 1.0), "has 31 numbers"),
     ],
 )
-def test_what_is_not_in_the_model(residual, one, said):
-    for model in (residual, exported(residual)):
+def test_what_is_not_in_the_model(residual, exported_residual, one, said):
+    for model in (residual, exported_residual):
         with pytest.raises(ConfigError, match=said), steer(model, [Ablate(0, 1), one]):
             pass
     assert not residual.layers[0].topk._forward_hooks
+
+
+@pytest.mark.parametrize("given", [Add(1, 3, 1.0), ["Add"], None])
+def test_something_that_is_no_list_of_interventions(residual, given):
+    with pytest.raises(ConfigError, match="interventions: got"), steer(residual, given):
+        pass
 
 
 def test_something_that_is_no_model():
@@ -398,3 +421,21 @@ def test_an_intervention_as_json():
         "kind": "Clamp", "layer": 1, "neuron": 3, "maximum": 2.0, "where": "all",
         "before_selection": False,
     }  # fmt: skip
+    assert describe(Clamp(1, (3, 4), (-math.inf, 0.0)))["minimum"] == [None, 0.0]
+
+
+def test_numbers_and_indices_of_any_kind(residual):
+    given = [3, 4]
+    kinds = [
+        Add(np.int64(1), (np.int32(3), np.int64(4)), (np.float32(0.5), np.float64(2))),
+        Add(1, range(3, 5), [Fraction(1, 2), 2]),
+        Add(1, given, torch.tensor([0.5, 2.0]).tolist()),
+    ]
+    given.clear()  # what was given is not looked at again
+    expected = Add(1, (3, 4), (0.5, 2.0))
+    with steer(residual, [expected]):
+        logits = residual(TOKENS)
+    for one in kinds:
+        assert json.dumps(describe(one)) == json.dumps(describe(expected))
+        with steer(residual, [one]):
+            assert torch.equal(residual(TOKENS), logits)

@@ -17,6 +17,7 @@ from tests.steering.plain_model import plain_greedy
 from tests.steering.steered_models import (
     KINDS,
     SITES,
+    SMALL,
     WHERE,
     exported,
     places_of,
@@ -25,8 +26,10 @@ from tests.steering.steered_models import (
 )  # fmt: skip
 
 TEXTS = ["The harbour", "a", "Every good boy did", "xyz"]
-LENGTH = 12
-LAYER = 1
+ALONE = TEXTS[:2]  # a long one and a short one
+LENGTH = 6
+LAYER = 0
+STRONG = (3, 5, 7, 9)  # neurons
 GREEDY = Sampling(max_tokens=LENGTH, ignore_eos=True)
 DRAWN = Sampling(max_tokens=LENGTH, ignore_eos=True, temperature=0.9, top_k=50, seed=5)
 NEAR_TIE = 1e-5
@@ -39,12 +42,12 @@ def site(request):
 
 @pytest.fixture(scope="module")
 def model(site):
-    return steered_model(site)
+    return steered_model(site, SMALL)
 
 
 @pytest.fixture(scope="module")
 def theirs(model, site):
-    return exported(model, site)
+    return exported(model, site, SMALL)
 
 
 def prompts_of(tokenizer):
@@ -55,10 +58,9 @@ def banned(tokenizer):
     return [tokenizer.bos_id, tokenizer.eos_id]
 
 
-def ours(model, sampling=GREEDY, **how):
-    return [
-        one.tokens for one in Generator(model, ByteTokenizer(), **how).generate(TEXTS, sampling)
-    ]
+def ours(model, sampling=GREEDY, texts=TEXTS, **how):
+    generator = Generator(model, ByteTokenizer(), **how)
+    return [one.tokens for one in generator.generate(texts, sampling)]
 
 
 def generated_by_theirs(theirs, prompts, use_cache):
@@ -77,39 +79,38 @@ def generated_by_theirs(theirs, prompts, use_cache):
 @pytest.mark.parametrize("before_selection", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_generate_the_same(model, theirs, site, kind, before_selection, where):
-    tokenizer = ByteTokenizer()
-    prompts = prompts_of(tokenizer)
+    prompts = prompts_of(ByteTokenizer())
     make, edit = KINDS[kind]
     width = steerable(model)[LAYER]
     one = make(LAYER, width, where=WHERE[where], before_selection=before_selection)
 
-    def edits_at(prompt_length, length):
+    def greedy(prompt, tokens):
         def edited(layer, x):
-            return edit(x, places_of(where, prompt_length, length)) if layer == LAYER else x
+            return edit(x, places_of(where, len(prompt), len(x))) if layer == LAYER else x
 
-        return (edited, None) if before_selection else (None, edited)
+        edits = {"before" if before_selection else "after": edited}
+        return plain_greedy(
+            model.state_dict(), prompt, tokens, banned(ByteTokenizer()), plain_args(site, SMALL),
+            **edits,
+        )  # fmt: skip
 
-    expected = [
-        plain_greedy(
-            model.state_dict(), prompt, LENGTH, banned(tokenizer), plain_args(site), edits_at
-        )
-        for prompt in prompts
-    ]
     with steer(model, [one]):
-        assert ours(model) == expected
-        assert ours(model, batch_tokens=1) == expected  # alone
-        assert ours(model, batch_tokens=60) == expected  # two at a time, prompts in pieces
+        expected = ours(model)
         assert ours(model, use_cache=False) == expected
+        assert ours(model, batch_tokens=60) == expected  # two at a time
+        alone = ours(model, texts=ALONE, batch_tokens=7)  # and the prompts in pieces of 7 tokens
+        assert alone == expected[: len(ALONE)]
+    assert list(map(greedy, prompts, expected)) == expected
     with steer(theirs, [one]):
         for use_cache in (True, False):
             assert generated_by_theirs(theirs, prompts, use_cache) == expected
-            for prompt, wanted in zip(prompts, expected, strict=True):
-                assert generated_by_theirs(theirs, [prompt], use_cache) == [wanted]
+        assert generated_by_theirs(theirs, prompts[:1], True) == expected[:1]
+        assert generated_by_theirs(theirs, prompts[1:2], False) == expected[1:2]
 
 
 @pytest.mark.parametrize("where", WHERE)
 def test_drawn_texts_are_the_same(model, where):
-    with steer(model, [Add(LAYER, (3, 9), 3.0, where=WHERE[where])]):
+    with steer(model, [Add(LAYER, STRONG, 6.0, where=WHERE[where])]):
         expected = ours(model, DRAWN, use_cache=False)
         for how in ({}, {"batch_tokens": 1}, {"batch_tokens": 60}):
             assert ours(model, DRAWN, **how) == expected
@@ -122,7 +123,7 @@ def test_the_places_differ(model):
     """So that the table above is not one in which they do not matter."""
     texts = []
     for where in WHERE.values():
-        with steer(model, [Add(LAYER, (3, 9), 6.0, where=where)]):
+        with steer(model, [Add(LAYER, STRONG, 6.0, where=where)]):
             texts.append(ours(model))
     texts.append(ours(model))
     for i in range(len(TEXTS)):
@@ -130,7 +131,7 @@ def test_the_places_differ(model):
 
 
 def test_the_first_generated_token_is_not_reached_by_what_acts_on_the_generated(model):
-    with steer(model, [Add(LAYER, (3, 9), 6.0, where="generated")]):
+    with steer(model, [Add(LAYER, STRONG, 6.0, where="generated")]):
         steered = ours(model)
     plain = ours(model)
     assert [one[0] for one in steered] == [one[0] for one in plain]
@@ -141,9 +142,9 @@ def test_a_mask_for_each_text_in_batches_of_any_size(model):
     masks = torch.rand(len(TEXTS), 20, generator=torch.Generator().manual_seed(4)) < 0.5
     expected = []
     for i, text in enumerate(TEXTS):
-        with steer(model, [Add(LAYER, (3, 9), 6.0, where=masks[i])]):
+        with steer(model, [Add(LAYER, STRONG, 6.0, where=masks[i])]):
             expected += Generator(model, ByteTokenizer()).generate([text], GREEDY)
-    with steer(model, [Add(LAYER, (3, 9), 6.0, where=masks)]):
+    with steer(model, [Add(LAYER, STRONG, 6.0, where=masks)]):
         for how in ({}, {"batch_tokens": 1}, {"batch_tokens": 60}, {"use_cache": False}):
             assert ours(model, **how) == [one.tokens for one in expected]
 
@@ -152,7 +153,7 @@ def test_beams_and_own_loops_of_theirs(theirs):
     tokenizer = ByteTokenizer()
     ids = torch.tensor(prompts_of(tokenizer)[:1])
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad(), steer(theirs, [Add(LAYER, (3, 9), 6.0, where="generated")]):
+    with torch.no_grad(), steer(theirs, [Add(LAYER, STRONG, 6.0, where="generated")]):
         expected = theirs.generate(ids, **settings)
         # A loop of one's own, with a cache, is told apart by what the cache holds.
         step, out, found = ids, None, ids
@@ -171,8 +172,8 @@ def test_beams_and_own_loops_of_theirs(theirs):
 
 
 def test_in_float32_what_differs_is_traced_to_a_near_tie():
-    model = steered_model().float()
-    theirs = exported(steered_model()).float()
+    model = steered_model(shape=SMALL).float()
+    theirs = exported(steered_model(shape=SMALL), shape=SMALL).float()
     prompts = prompts_of(ByteTokenizer())
     flips = total = 0
     for neuron in range(0, 32, 4):

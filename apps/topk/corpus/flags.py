@@ -30,16 +30,19 @@ def call(
     argv: Sequence[str],
     example: str,
     repeatable: Sequence[str] = (),
+    texts: Sequence[str] = (),
 ) -> Any:
     """`function` with the flags in `argv`; None after `--help`, which prints what it takes.
 
     `function` has keyword parameters annotated with str, int, float or bool, and a
     docstring that describes each. A flag in `repeatable` may be given several times; its
-    values are joined with commas. ConfigError for a mistake.
+    values are joined with commas. So may one in `texts`, which becomes a list of its values:
+    those may hold any text and are taken as they are. ConfigError for a mistake.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(function, program, example))
         return None
+    argv, listed = split_texts(argv, texts)
     parameters = dict(inspect.signature(function).parameters)
     if not argv and any(one.default is one.empty for one in parameters.values()):
         raise ConfigError(
@@ -54,7 +57,7 @@ def call(
     @SetParseFns(**{name: _parser(parameter) for name, parameter in parameters.items()})
     @functools.wraps(function)
     def collect(**arguments: Any) -> None:  # fire would print a result
-        results.append(function(**arguments))
+        results.append(function(**arguments, **listed))
 
     fire.Fire(collect, command=[f"--{name}={value}" for name, value in flags.items()])
     return results[0]

@@ -1,9 +1,7 @@
 """What the program takes on its command line, read and checked."""
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from apps.topk.checkpoint import DTYPES
 from apps.topk.cli import nearest
@@ -21,8 +19,6 @@ from apps.topk.steering.turning import (
 )
 from lingua_topk.errors import ConfigError
 from lingua_topk.steering.interventions import WHERE
-
-PROVENANCE_SUFFIX = ".provenance.json"
 
 
 def turning_of(
@@ -110,34 +106,9 @@ def check_combination(
         raise ConfigError("--interactive begins with one prompt: give --prompt once")
 
 
-def check_generation(num: int, dtype: str, temperature: float, batch_tokens: int) -> None:
+def check_generation(dtype: str, batch_tokens: int) -> None:
     """ConfigError for what texts cannot be made with."""
-    if num < 1:
-        raise ConfigError(f"num={num} is not allowed: give at least 1")
-    if num > 1 and temperature == 0:
-        raise ConfigError(
-            f"num={num} with temperature=0 would give the same text {num} times: give a"
-            " --temperature above 0, such as 0.8"
-        )
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-
-
-def new_file(name: str) -> Path | None:
-    """The file to write. ConfigError where it is there, or could not be written in the end."""
-    if not name:
-        return None
-    path = Path(name).expanduser()
-    for one in (path, beside(path)):
-        if os.path.lexists(one):
-            raise ConfigError(f"json={name!r}: {one} is there already: choose another --json")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"json={name!r}: {path.parent} is no folder that can be written to")
-    return path
-
-
-def beside(path: Path) -> Path:
-    """Where it stands how a file was made."""
-    return Path(f"{path}{PROVENANCE_SUFFIX}")

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from apps.topk import terminal
@@ -54,10 +53,11 @@ class Desk:
 
     def converse(self) -> None:
         """Take lines until an empty one or the end of the input; mistakes end nothing."""
-        _edit_lines()
+        terminal.edit_lines()
+        echo = not sys.stdin.isatty()
         print(INTRODUCTION.format(unit=self.state.how.unit))
         self._attempt(lambda: self.state, is_first=True)
-        while (line := _read_line()) != "":
+        while (line := terminal.read_line(echo)) != "":
             if line is not None and line.strip() == "?":
                 print(HELP)
             elif line is not None:
@@ -156,26 +156,3 @@ def _looks_like_numbers(line: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _read_line() -> str | None:
-    """What was entered, "" at the end of the input, None where there is nothing to do."""
-    try:
-        line = input(terminal.PROMPT)
-        if not sys.stdin.isatty():  # nobody has seen it
-            terminal.write(line + "\n")
-        return line
-    except EOFError:
-        print()
-        return ""
-    except KeyboardInterrupt:
-        print()
-    except UnicodeDecodeError:
-        print("that was not UTF-8")
-    return None
-
-
-def _edit_lines() -> None:
-    """Arrow keys and a history for `input`, where Python has them."""
-    with suppress(ImportError):
-        import readline  # noqa: F401

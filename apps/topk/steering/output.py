@@ -1,19 +1,14 @@
-"""Texts and neurons as JSON lines, with how they were made beside them."""
+"""Texts and neurons as lines of JSON."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from apps.topk.provenance import write_json, write_text
-from apps.topk.steering.arguments import beside
 from apps.topk.steering.bench import Written
 from apps.topk.steering.concept_words import count
 from apps.topk.steering.handles import Handle
 from apps.topk.steering.showing import concept_of
-from lingua_topk.errors import ConfigError
 
 
 def text_lines(
@@ -65,15 +60,3 @@ def handle_line(one: Handle) -> dict[str, Any]:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def write(out: Path, lines: Iterator[Mapping[str, Any]], origin: Mapping[str, Any]) -> int:
-    """Write a line each, whole or not at all, and beside them how they were made; how many."""
-    content = [json.dumps(line, allow_nan=False) + "\n" for line in lines]
-    try:
-        write_json(beside(out), origin)
-        write_text(out, "".join(content))
-    except OSError as error:
-        beside(out).unlink(missing_ok=True)
-        raise ConfigError(f"json={str(out)!r} cannot be written: {error.strerror}") from None
-    return len(content)
