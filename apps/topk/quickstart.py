@@ -44,7 +44,7 @@ MAX_ITEMS = 100  # a task
 TABLE = "table.md"
 REPORT = "report.html"
 # Fewer deltas, prompts and candidates than by default: it takes a minute.
-STEERING = {"deltas": "1,2,4", "num_prompts": 20, "candidates": 128}
+STEERING = {"deltas": "1,2,4", "num_prompts": 16, "candidates": 64}
 # The twin differs from the TopK model in this and in nothing else.
 RUNS = {"topk": [], "vanilla": ["model.topk=null"]}
 

@@ -11,7 +11,7 @@ from apps.topk.neurons.folder import MODEL, RECORDING
 from lingua_topk.analysis.recording import open_recording
 from lingua_topk.errors import DataError
 
-PROBES, PROBE_TOKENS = 24, 24
+PROBES, PROBE_TOKENS = 24, 16
 
 
 def probes_of(analysis: Path) -> Tensor:
