@@ -580,7 +580,7 @@ def test_mistakes(runs, arguments, message, capsys):
 
 def test_a_word_that_no_neuron_fires_on_is_answered_with_the_nearest(runs, handle):
     word = max(handle.words, key=len)
-    with pytest.raises(ConfigError, match=f"the nearest are .*{word}"):
+    with pytest.raises(ConfigError, match=f"near it: .*{word}"):
         run(runs, "--concept", f"{word}q", "--prompt", "The")
 
 

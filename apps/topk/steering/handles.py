@@ -116,7 +116,7 @@ class Handles:
         places = self._places_of_words.get(wanted)
         if not places:
             near = difflib.get_close_matches(wanted, self._places_of_words, SHOWN_WORDS, 0.6)
-            nearest = f"the nearest are {', '.join(near)}" if near else "none is near it"
+            nearest = f"near it: {', '.join(near)}" if near else "none is near it"
             raise ConfigError(
                 f"concept={word!r} is not among the words that a neuron fires on: {nearest}; --list"
                 " shows neurons with their words"

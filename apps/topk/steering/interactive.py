@@ -11,6 +11,7 @@ from apps.topk.steering import choosing, showing
 from apps.topk.steering.arguments import check_turning, numbers, one_of
 from apps.topk.steering.bench import Bench
 from apps.topk.steering.choosing import Choice
+from apps.topk.steering.handles import NAME
 from apps.topk.steering.turning import ABLATE, ADD, DEFAULTS, MODES, UNITS, Turning, variants
 from lingua_topk.errors import ConfigError, UserError
 from lingua_topk.steering.interventions import WHERE
@@ -18,7 +19,7 @@ from lingua_topk.steering.interventions import WHERE
 HELP = """\
   8          the delta; 4,8,16 for several
   p TEXT     the prompt; TEXT alone does where it does not look like one of these
-  n 3:417    the neuron; several with commas
+  3:417      the neuron, as n 3:417; several with commas after n
   c WORD     the neuron that fires on a word and makes it likelier
   s 1        the seed of the draws
   u mean     the unit of the delta: absolute, mean or maximum
@@ -86,6 +87,8 @@ class Desk:
             raise ConfigError(f"{command} needs a value: ? shows what can be entered")
         if _looks_like_numbers(line):
             return self._with_deltas(line)
+        if NAME.fullmatch(line.strip()):
+            return self._with_neurons(line)
         return replace(self.state, prompt=line)
 
     def _with_deltas(self, text: str) -> State:

@@ -146,6 +146,9 @@ def conclusion(rows: Sequence[Row], summary: Sequence[dict[str, Any]], has_twin:
         f"{first['n_reached']} of {first['n']} reach a lift of {AIM_LIFT} at no more than"
         f" {AIM_RATIO} times the perplexity.",
     ]
+    ends = first["lift_ci95"]
+    if ends is not None and ends[0] <= 1:
+        sentences.append("So raising these neurons has not been found to bring their words.")
     others = [one for name, one in by_name.items() if name != methods.NEURON]
     if others:
         parts = [
