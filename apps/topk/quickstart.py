@@ -43,7 +43,7 @@ TASKS_FOLDER = "tasks"  # below data.root_dir
 MAX_ITEMS = 100  # a task
 TABLE = "table.md"
 REPORT = "report.html"
-# Fewer deltas, prompts and candidates than by default: it takes a minute.
+# Fewer deltas, prompts and candidates than by default: it takes less than two minutes.
 STEERING = {"deltas": "1,2,4", "num_prompts": 16, "candidates": 64}
 # The twin differs from the TopK model in this and in nothing else.
 RUNS = {"topk": [], "vanilla": ["model.topk=null"]}
