@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from apps.topk import cli
-from apps.topk.checkpoint import DTYPES, checkpoint_folder, open_checkpoint
+from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
 from apps.topk.devices import device_of
 from apps.topk.generation import BATCH_TOKENS
 from apps.topk.neurons.arguments import folder_in_run, listed
 from apps.topk.prompts import read_prompts
 from apps.topk.sampling import MAX_SEED
+from apps.topk.steering.arguments import check_generation, numbers
 from apps.topk.steering.bench import analysis_folder
 from apps.topk.steering.experiment import Experiment, Settings
 from apps.topk.steering.results import NAME, content_of, tables, write
@@ -99,7 +100,7 @@ def steer_eval(
     that cannot be used, DataError for an analysis that cannot.
     """
     settings = Settings(
-        n, candidates, _numbers(deltas), num_prompts, prompt_tokens, max_tokens, temperature, seed
+        n, candidates, _deltas(deltas), num_prompts, prompt_tokens, max_tokens, temperature, seed
     )
     _check(settings, dtype, batch_tokens)
     place = device_of(device)
@@ -135,21 +136,13 @@ def steer_eval(
     return content
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    found = []
-    for name in listed(text):
-        try:
-            number = float(name)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number) or number <= 0:
-            raise ConfigError(
-                f"deltas={text!r}: {name!r} is not allowed: give numbers above 0, with commas"
-            )
-        found.append(number)
-    if not found:
-        raise ConfigError(f"deltas={text!r} holds no number: give some, such as 1,2,4")
-    return tuple(sorted(set(found)))
+def _deltas(text: str) -> tuple[float, ...]:
+    found = numbers(text, "deltas")
+    if min(found) <= 0:
+        raise ConfigError(
+            f"deltas={text!r}: {min(found):g} is not allowed: give numbers above 0, with commas"
+        )
+    return tuple(sorted(found))
 
 
 def _check(settings: Settings, dtype: str, batch_tokens: int) -> None:
@@ -161,14 +154,11 @@ def _check(settings: Settings, dtype: str, batch_tokens: int) -> None:
             raise ConfigError(
                 f"{names.get(name, name)}={value} is too small: give at least {lowest}"
             )
-    if batch_tokens < 1:
-        raise ConfigError(f"batch_tokens={batch_tokens} is too small: give at least 1")
+    check_generation(dtype, batch_tokens)
     if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
         raise ConfigError(f"temperature={settings.temperature} is not allowed: give at least 0")
     if not 0 <= settings.seed <= MAX_SEED:
         raise ConfigError(f"seed={settings.seed} is not allowed: give 0 to {MAX_SEED}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
 
 
 def _check_twin(checkpoint: Any, twin: Any) -> None:

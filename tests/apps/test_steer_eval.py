@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -258,6 +259,33 @@ def test_named_neurons_and_own_prompts(runs, handles, tmp_path):
     }  # fmt: skip
 
 
+def test_a_concept_of_the_twin_keeps_its_words_whatever_its_name(
+    measured, runs, tmp_path, monkeypatch
+):
+    """The last concept of the model and the first of the twin may be called alike."""
+    seen = []
+    monkeypatch.setattr(
+        Experiment, "_measure", lambda self, side, concept, some: seen.append((concept, some))
+    )
+    monkeypatch.setattr(steer_eval, "content_of", lambda one: pytest.fail("measured"))
+    own = Experiment._work_of_the_twin
+
+    def alike(self):
+        work = list(own(self))
+        last = [one for _, one, method in work if method.name == methods.TWIN_DIRECTION][-1]
+        for side, one, method in work:
+            is_own = method.name == methods.TWIN_NEURON
+            handle = replace(one.handle, layer=last.handle.layer, neuron=last.handle.neuron)
+            yield side, Concept(handle, one.held_out) if is_own else one, method
+
+    monkeypatch.setattr(Experiment, "_work_of_the_twin", alike)
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        run(runs, "--out", tmp_path / "s")
+    for concept, some in seen:
+        is_twins = {method.name == methods.TWIN_NEURON for method in some}
+        assert len(is_twins) == 1, concept.name
+
+
 # Parts -------------------------------------------------------------------------------------
 
 
@@ -360,10 +388,10 @@ def test_prompts_are_whole_words(runs, tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--deltas", "1,x"], "'x' is not allowed"),
-        (["--deltas", "nan"], "'nan' is not allowed"),
-        (["--deltas", "-1"], "'-1' is not allowed"),
-        (["--deltas", ","], "holds no number"),
+        (["--deltas", "1,x"], "deltas='x' is not a number"),
+        (["--deltas", "nan"], "deltas='nan' is not a number"),
+        (["--deltas", "-1"], "deltas='-1': -1 is not allowed"),
+        (["--deltas", ","], "deltas=',' has no number"),
         (["--neuron", "9:1"], "layer 9 is not one that was analysed"),
         (["--neuron", "1:999"], "the nearest is 1:31"),
         (["--neuron", "one"], "is no neuron"),

@@ -131,7 +131,7 @@ class Experiment:
         self.pieces = token_pieces(self.tokenizer, checkpoint.model_args.vocab_size)
         self.model = checkpoint.model(device, DTYPES[dtype])
         self.twin = twin and twin.model(device, DTYPES[dtype])
-        self.named = list(named)
+        self.named = list(dict.fromkeys(named))
         self.rows: list[Row] = []
         self.examples: list[Example] = []
         self.twin_concepts: list[Concept] = []
@@ -150,7 +150,9 @@ class Experiment:
                     f"prompts: {len(given)} are too few: give at least 3, of which a third are to"
                     " choose by"
                 )
-            ids = [Generator(self.model, self.tokenizer).encode(text) for text in given]
+            add_bos = bool(self.checkpoint.params["data"].get("add_bos", True))
+            generator = Generator(self.model, self.tokenizer, add_bos=add_bos)
+            ids = [generator.encode(text) for text in given]
             return {CHOOSING: ids[::3], REPORTING: [x for i, x in enumerate(ids) if i % 3]}
         found = prompts_of_rows(
             self._tokens, self.pieces, n_choosing + settings.prompts, settings.prompt_tokens,
@@ -173,7 +175,8 @@ class Experiment:
             work += self._work_of_the_twin()
         together = [
             (sides[side], list(some))
-            for (side, _), some in groupby(work, key=lambda one: (one[0], one[1].name))
+            # By the concept itself: a neuron of the twin can have the name of one of the model's.
+            for (side, _), some in groupby(work, key=lambda one: one[:2])
         ]
         with progress.bar("steering", len(together), "concept") as bar:
             for side, some in progress.ticking(together, bar):

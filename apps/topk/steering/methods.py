@@ -48,8 +48,8 @@ class Method:
 
     Attributes:
         name: of the way.
-        unit: what a delta of 1 is, in units of activation: the neuron's maximum, or the length of
-            the direction.
+        unit: what a delta of 1 is, in units of activation: the neuron's maximum with its sign, or
+            the length of the direction.
         intervention: of a delta.
         neuron: LAYER:NEURON, "" for a direction.
     """
@@ -63,10 +63,12 @@ class Method:
 def of_neuron(name: str, handle: Handle) -> Method:
     """Adding to a neuron."""
 
-    def intervention(delta: float) -> Intervention:
-        return Add(handle.layer, handle.neuron, handle.sign * delta * handle.maximum)
+    unit = handle.sign * handle.maximum
 
-    return Method(name, handle.maximum, intervention, handle.name)
+    def intervention(delta: float) -> Intervention:
+        return Add(handle.layer, handle.neuron, delta * unit)
+
+    return Method(name, unit, intervention, handle.name)
 
 
 def of_direction(name: str, layer: int, direction: Tensor) -> Method:
