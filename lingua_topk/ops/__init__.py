@@ -1,5 +1,5 @@
 """The operator. `definition` is the reference; faster backends stand beside it."""
 
-from lingua_topk.ops.topk import topk
+from lingua_topk.ops.topk import topk, topk_sum
 
-__all__ = ["topk"]
+__all__ = ["topk", "topk_sum"]

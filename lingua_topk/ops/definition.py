@@ -30,15 +30,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def topk_definition(x: Tensor, k: int, alpha: float | Tensor, activation: str) -> Tensor:
+# Of x [..., D] and k: what is kept, bool [..., D], and poison [..., 1]; see `select_definition`.
+Select = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def is_whole(x: Tensor, k: int, alpha: float | Tensor) -> bool:
+    """Whether TopK of x is f(x): nothing is dropped, and nothing is selected."""
+    return k >= x.shape[-1] or (not isinstance(alpha, Tensor) and alpha == 1)
+
+
+def topk_definition(
+    x: Tensor, k: int, alpha: float | Tensor, activation: str, select: Select | None = None
+) -> Tensor:
     """TopK of the last dimension, arguments already checked; see `lingua_topk.topk`.
 
     x and the result: [..., D], any floating dtype. alpha: a float, or a 0-d tensor on
-    the device of x.
+    the device of x. select: another way to find what `select_definition` finds.
     """
     f = ACTIVATIONS[activation]
-    if k >= x.shape[-1] or (not isinstance(alpha, Tensor) and alpha == 1):
+    if is_whole(x, k, alpha):
         return f(x)
+    select = select or select_definition
     kept, poison = select(x, k)  # [..., D], [..., 1]
     if isinstance(alpha, Tensor):
         return _with_tensor_alpha(x, kept, poison, alpha, f)
@@ -48,6 +60,24 @@ def topk_definition(x: Tensor, k: int, alpha: float | Tensor, activation: str) -
         return f(torch.where(kept, x, poison))
     f_x = f(x)
     return torch.where(kept, f_x, alpha * f_x + poison)
+
+
+def topk_sum_definition(
+    h: Tensor, update: Tensor, k: int, alpha: float | Tensor, activation: str
+) -> Tensor:
+    """TopK(h + update), arguments already checked; see `lingua_topk.ops.topk_sum`.
+
+    h, update: [..., D], floating dtypes. The result has the dtype of their sum, and is
+    rounded to it once, at the end: of half precision, the sum is selected on in float32.
+    """
+    x = wide_sum(h, update)
+    return topk_definition(x, k, alpha, activation).to(torch.promote_types(h.dtype, update.dtype))
+
+
+def wide_sum(h: Tensor, update: Tensor) -> Tensor:
+    """h + update, [..., D], in float32, or in float64 where one of them is."""
+    wide = torch.promote_types(torch.promote_types(h.dtype, update.dtype), torch.float32)
+    return h.to(wide) + update.to(wide)
 
 
 def _with_tensor_alpha(
@@ -64,7 +94,7 @@ def _with_tensor_alpha(
 
 
 @torch.no_grad()
-def select(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def select_definition(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Which components of each row are at least its k-th largest.
 
     x: [..., D] with 1 <= k < D. Returns kept, bool [..., D], ties at the threshold

@@ -1,11 +1,12 @@
-"""The public operator: checks its arguments, then runs the backend."""
+"""The public operators: they check their arguments, then run the backend."""
 
 import operator
 
 from torch import Tensor
 
 from lingua_topk.errors import ConfigError
-from lingua_topk.ops.definition import ACTIVATIONS, topk_definition
+from lingua_topk.ops.backends import backend_of
+from lingua_topk.ops.definition import ACTIVATIONS
 
 
 def topk(x: Tensor, k: int, alpha: float | Tensor = 0.0, activation: str = "relu") -> Tensor:
@@ -33,17 +34,54 @@ def topk(x: Tensor, k: int, alpha: float | Tensor = 0.0, activation: str = "relu
     The gradient takes the threshold as a constant:
     dy/dx = f'(x) (alpha + (1 - alpha) 1{x >= T}). Definition: arXiv 2506.21468.
     """
-    k = check_k(k)
+    k, alpha = _checked(k, alpha, activation)
+    _check_floating("x", x)
+    return backend_of(x).topk(x, k, alpha, activation)
+
+
+def topk_sum(
+    h: Tensor, update: Tensor, k: int, alpha: float | Tensor = 0.0, activation: str = "relu"
+) -> Tensor:
+    """TopK(h + update), in one go where the backend can: the end of a residual block.
+
+    Args:
+        h, update: [..., D], of one shape, on one device; floating dtypes, which may differ.
+        k, alpha, activation: as for `topk`.
+
+    Returns:
+        [..., D], dtype of h + update. Of half precision the sum is taken in float32 and
+        selected on as it is, and the result is rounded once: rounded before, sums would
+        tie, and ties at the threshold are all kept.
+
+    Raises:
+        ConfigError (a ValueError): as for `topk`, and where the shapes differ.
+
+    The gradient is that of `topk`, the same for both.
+    """
+    k, alpha = _checked(k, alpha, activation)
+    _check_floating("h", h)
+    _check_floating("update", update)
+    if h.shape != update.shape:
+        raise ConfigError(
+            f"update has shape {tuple(update.shape)}: give one of h's, {tuple(h.shape)}"
+        )
+    return backend_of(h).topk_sum(h, update, k, alpha, activation)
+
+
+def _checked(k: int, alpha: float | Tensor, activation: str) -> tuple[int, float | Tensor]:
     check_activation(activation)
     if not isinstance(alpha, Tensor):
         alpha = check_alpha(alpha)
     elif alpha.dim() != 0:
         raise ConfigError(f"alpha has shape {tuple(alpha.shape)}: give a float or a 0-d tensor")
+    return check_k(k), alpha
+
+
+def _check_floating(name: str, x: Tensor) -> None:
     if not x.is_floating_point() or x.dim() == 0:
         raise ConfigError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}: topk takes a floating tensor [..., D]"
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}: topk takes a floating tensor [..., D]"
         )
-    return topk_definition(x, k, alpha, activation)
 
 
 def check_k(k: int, field: str = "k") -> int:
@@ -73,4 +111,4 @@ def check_activation(activation: str, field: str = "activation") -> str:
     return activation
 
 
-__all__ = ["check_activation", "check_alpha", "check_k", "topk"]
+__all__ = ["check_activation", "check_alpha", "check_k", "topk", "topk_sum"]

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lingua_topk import topk
 from lingua_topk.errors import ConfigError
+from lingua_topk.ops.backends import use
 from lingua_topk.ops.definition import ACTIVATIONS
 
 FUNCTIONS = {"relu": F.relu, "identity": lambda x: x, "gelu": F.gelu, "silu": F.silu}
@@ -28,6 +29,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Multiples of 1/4 leave a product exact in every dtype, but for one rounding of the result.
 ALPHAS = (0.0, 0.25, 0.75, 1.0)
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(params=["plain", "cpu"], scope="module", autouse=True)
+def backend(request):
+    """Every test here runs with each; triton, which takes its time on a CPU, has its own file."""
+    with use(request.param):
+        yield
 
 
 def kept_by_definition(row: list[float], k: int) -> list[bool]:

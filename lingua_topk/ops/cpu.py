@@ -1,0 +1,289 @@
+"""TopK on a CPU: the threshold by numpy's quickselect, the rest a few passes over rows in cache.
+
+Quickselect finds the k-th largest of a row without sorting anything, with vector
+instructions, and in a share of the rows on every thread. `relu` has kernels of its own,
+since training runs it: backward takes the result, or x and the thresholds, and selects
+nothing. The other activations are the definition's own expressions around the faster
+selection.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lingua_topk.ops.definition import is_whole, topk_definition, wide_sum
+
+# Values that a thread works on at a time: enough that the calls cost nothing beside the work,
+# few enough that these and a copy of them stay in cache.
+CHUNK = 1 << 17
+# Inputs with fewer values than this are done sooner by the definition.
+SMALLEST = 1 << 15
+
+Array = NDArray[Any]
+
+
+def topk_cpu(x: Tensor, k: int, alpha: float | Tensor, activation: str) -> Tensor:
+    """`topk_definition`, bit for bit (but for the sign of a zero), of a tensor on the CPU."""
+    if activation != "relu" or isinstance(alpha, Tensor) or is_whole(x, k, alpha):
+        return topk_definition(x, k, alpha, activation, select_cpu)
+    if alpha == 0:
+        return _hard_relu(x, k)
+    # A tensor, as a compiled model that is given another number would be compiled again.
+    return _annealed_relu(x, k, alpha * torch.ones((), dtype=torch.float64))[0]
+
+
+def topk_sum_cpu(
+    h: Tensor, update: Tensor, k: int, alpha: float | Tensor, activation: str
+) -> Tensor:
+    """`topk_sum_definition`, as above."""
+    y = topk_cpu(wide_sum(h, update), k, alpha, activation)
+    return y.to(torch.promote_types(h.dtype, update.dtype))
+
+
+@torch.no_grad()
+def select_cpu(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `select_definition`."""
+    threshold = _threshold(x, k)  # [..., 1]
+    return x >= threshold, torch.where(threshold.isnan(), threshold, 0.0)
+
+
+# --- operators: one node each for torch.compile; numpy works on what they are given at run time ---
+
+
+@torch.library.custom_op("lingua_topk::cpu_threshold", mutates_args=())
+def _threshold(x: Tensor, k: int) -> Tensor:
+    """The k-th largest of each row, [..., 1], dtype of x; NaN for a row that holds a NaN."""
+    values, threshold = _rows_of(x), _empty(x, 1)
+    thresholds = _rows_of(threshold)
+
+    def work(rows: slice, buffer: Array) -> None:
+        thresholds[rows] = _threshold_of(values[rows], k, buffer)
+
+    _in_chunks(work, values)
+    return threshold.to(x.dtype)
+
+
+@torch.library.custom_op("lingua_topk::cpu_hard_relu", mutates_args=())
+def _hard_relu(x: Tensor, k: int) -> Tensor:
+    """relu of what is kept, 0 elsewhere: [..., D], dtype of x; 1 <= k < D."""
+    return _relu(x, k, 0.0)[0]
+
+
+@torch.library.custom_op("lingua_topk::cpu_hard_relu_backward", mutates_args=())
+def _hard_relu_backward(gradient: Tensor, y: Tensor) -> Tensor:
+    """The gradient where y > 0, else 0: [..., D]. A row that is NaN passes none."""
+    gradients, results, out = _rows_of(gradient), _rows_of(y), _empty(gradient)
+    passed = _rows_of(out)
+
+    def work(rows: slice, buffer: Array) -> None:
+        _copy_where(gradients[rows], results[rows] > 0, passed[rows])
+
+    _in_chunks(work, gradients)
+    return out.to(gradient.dtype)
+
+
+@torch.library.custom_op("lingua_topk::cpu_annealed_relu", mutates_args=())
+def _annealed_relu(x: Tensor, k: int, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """relu of what is kept, alpha times it elsewhere, [..., D]; and the thresholds, [..., 1].
+
+    alpha: float64 []; here and in its backward.
+    """
+    return _relu(x, k, alpha.item())
+
+
+@torch.library.custom_op("lingua_topk::cpu_annealed_relu_backward", mutates_args=())
+def _annealed_relu_backward(
+    gradient: Tensor, x: Tensor, threshold: Tensor, alpha: Tensor
+) -> Tensor:
+    """The gradient where x is positive and kept, alpha times it where it is positive only."""
+    gradients, values, thresholds = _rows_of(gradient), _rows_of(x), _rows_of(threshold)
+    out, scale, bits = _empty(gradient), gradients.dtype.type(alpha), _bits(gradients.dtype)
+    passed = _rows_of(out)
+
+    def work(rows: slice, buffer: Array) -> None:
+        kept = _is_kept(values[rows], thresholds[rows])  # [n, D]
+        # As torch has it, relu of a NaN passes a gradient.
+        only_positive = ~((values[rows] <= 0) | kept)
+        scaled = np.multiply(gradients[rows], scale, out=buffer)
+        _copy_where(scaled, only_positive, buffer)
+        _copy_where(gradients[rows], kept, passed[rows])
+        # One of them is 0.
+        whole = passed[rows].view(bits)
+        np.bitwise_or(whole, buffer.view(bits), out=whole)
+
+    _in_chunks(work, gradients)
+    return out.to(gradient.dtype)
+
+
+@_threshold.register_fake
+def _(x: Tensor, k: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], 1)
+
+
+@_hard_relu.register_fake
+def _(x: Tensor, k: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_hard_relu_backward.register_fake
+def _(gradient: Tensor, y: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+@_annealed_relu.register_fake
+def _(x: Tensor, k: int, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
+
+
+@_annealed_relu_backward.register_fake
+def _(gradient: Tensor, x: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+# --- their gradients. Backward is linear in the gradient, so its own gradient is itself again ---
+
+
+def _save_result(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _save_all_but_the_gradient(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _save_x_and_threshold(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, alpha = inputs
+    ctx.save_for_backward(x, output[1], alpha)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_of_hard(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    return _hard_relu_backward(gradient, *ctx.saved_tensors), None
+
+
+def _backward_of_annealed(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
+    return _annealed_relu_backward(gradient, *ctx.saved_tensors), None, None
+
+
+def _backward_of_annealed_backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return *_backward_of_annealed(ctx, gradient, None), None
+
+
+_hard_relu.register_autograd(_backward_of_hard, setup_context=_save_result)
+_hard_relu_backward.register_autograd(_backward_of_hard, setup_context=_save_all_but_the_gradient)
+_annealed_relu.register_autograd(_backward_of_annealed, setup_context=_save_x_and_threshold)
+_annealed_relu_backward.register_autograd(
+    _backward_of_annealed_backward, setup_context=_save_all_but_the_gradient
+)
+
+
+# --- numpy ---
+
+
+def _rows_of(x: Tensor) -> Array:
+    """x as rows [N, D] that numpy can read: float64, or float32, which holds half precision."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
+
+
+def _empty(like: Tensor, width: int | None = None) -> Tensor:
+    """For rows of that width (of `like`, [..., D], if None), in the dtype of `_rows_of`.
+
+    `_rows_of` the result shares its memory. It is no view: FSDP2 warns of results that are.
+    """
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.empty((*like.shape[:-1], width or like.shape[-1]), dtype=wide)
+
+
+def _relu(x: Tensor, k: int, alpha: float) -> tuple[Tensor, Tensor]:
+    y, threshold = _empty(x), _empty(x, 1)
+    values, results, thresholds = _rows_of(x), _rows_of(y), _rows_of(threshold)
+    scale = values.dtype.type(alpha)
+
+    def work(rows: slice, buffer: Array) -> None:
+        thresholds[rows] = _threshold_of(values[rows], k, buffer)
+        _relu_above(values[rows], thresholds[rows], scale, buffer, out=results[rows])
+
+    _in_chunks(work, values)
+    return y.to(x.dtype), threshold.to(x.dtype)
+
+
+def _threshold_of(values: Array, k: int, buffer: Array) -> Array:
+    """The k-th largest of each row of values [N, D], or NaN: [N, 1]. buffer: [N, D], lost."""
+    last = values.shape[1] - k
+    np.copyto(buffer, values)
+    buffer.partition(last, axis=1)  # NaN counts as the largest
+    largest = np.maximum.reduce(buffer[:, last:], axis=1, keepdims=True)  # or NaN
+    return np.where(np.isnan(largest), largest, buffer[:, last : last + 1])
+
+
+def _relu_above(values: Array, threshold: Array, alpha: Any, buffer: Array, out: Array) -> None:
+    """TopK with relu of values [N, D], given their thresholds [N, 1], into out [N, D]."""
+    _copy_where(values, _is_kept(values, threshold), out)
+    if alpha:
+        np.maximum(out, np.multiply(values, alpha, out=buffer), out=out)
+    poisoned = np.isnan(threshold[:, 0])
+    if poisoned.any():
+        out[poisoned] = np.nan
+
+
+def _is_kept(values: Array, threshold: Array) -> Array:
+    """What is kept of values [N, D] and positive: what is not gives 0 either way. bool [N, D]."""
+    return values >= np.maximum(threshold, np.finfo(values.dtype).smallest_subnormal)
+
+
+def _copy_where(values: Array, where: Array, out: Array) -> None:
+    """out = values where it is true, else 0; both [N, D] of one floating dtype.
+
+    The bits of a value times 1 or 0, which takes half the time of numpy's own `where`; the
+    value itself may be infinite, and infinity times 0 is not 0.
+    """
+    bits = _bits(values.dtype)
+    np.multiply(values.view(bits), where, out=out.view(bits))
+
+
+def _bits(dtype: np.dtype) -> np.dtype:
+    """The integers of a floating dtype's width."""
+    return np.dtype(f"i{dtype.itemsize}")
+
+
+def _in_chunks(work: Callable[[slice, Array], None], values: Array) -> None:
+    """work(rows, buffer) for all rows of values [N, D], on torch's number of threads.
+
+    buffer: of the shape and dtype of those rows, the thread's own.
+    """
+    n_rows, width = values.shape
+    step = max(1, CHUNK // max(1, width))
+    # All threads take from it: one that is held up takes fewer.
+    starts = iter(range(0, n_rows, step))
+
+    def share() -> None:
+        buffer = np.empty_like(values, shape=(min(step, n_rows), width))
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # as torch
+            for start in starts:
+                stop = min(start + step, n_rows)
+                work(slice(start, stop), buffer[: stop - start])
+
+    threads = min(torch.get_num_threads(), -(-n_rows // step))
+    others = [_pool().submit(share) for _ in range(threads - 1)]
+    share()
+    for other in others:
+        other.result()
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Threads of this process: a forked one has none of its parent's."""
+    process = os.getpid()
+    if process not in _pools:
+        _pools.clear()
+        _pools[process] = ThreadPoolExecutor(os.cpu_count(), "lingua_topk")
+    return _pools[process]
