@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lingua_topk.ops import topk
+from lingua_topk.ops import topk, topk_sum
 from lingua_topk.ops.topk import check_activation, check_alpha, check_k
 from lingua_topk.stats import FiringStats
 
@@ -28,8 +28,8 @@ class TopK(nn.Module):
 
         The sum is taken here, beside the selection, so that both can become one kernel.
         """
-        x = h if update is None else h + update
-        y = topk(x, self.k, self.alpha, self.activation)
+        arguments = (self.k, self.alpha, self.activation)
+        y = topk(h, *arguments) if update is None else topk_sum(h, update, *arguments)
         if self.stats is not None:
             self.stats.update(y)
         return y

@@ -1,15 +1,19 @@
 """y = TopK(h + update) as one Triton kernel; its naive reference is `topk_sum_definition`.
 
-A program takes a row and keeps it in registers. It bisects the threshold on the bits of
-the values, ordered as integers, between two guesses that hold for normal rows, and ends
-as soon as exactly k values are above. The forward pass leaves a bit a value behind, by
-which backward passes gradients on: nothing is selected twice, and of relu nothing else
-is kept.
+A program takes a row, keeps it in registers and looks for the threshold: it counts how many values
+reach a first guess, right for a normal row, and goes on to a better one, within a bracket that
+closes. It ends as soon as exactly k reach it, or takes the last few values one after the other. Of
+the passes over the row, some four on normal rows (a simulation), and of what a pass costs a value
+(a comparison and a sum), comes the time that is spent beside that of reading and writing.
+
+The forward pass leaves a bit a value behind, by which backward passes gradients on: nothing is
+selected twice, and of relu nothing else is kept.
 
 Under TRITON_INTERPRET=1 (set before Triton is imported) the same code runs on a CPU.
 """
 
 from statistics import NormalDist
+from typing import Any
 
 import torch
 import triton
@@ -21,8 +25,8 @@ from lingua_topk.ops.definition import is_whole, topk_definition, topk_sum_defin
 INTERPRETED = triton.knobs.runtime.interpret
 LARGEST_WIDTH = 8192
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Half the width of the first bracket, in standard deviations of the row.
-BRACKET = 0.25
+# So many values in the bracket, or fewer, are taken one after the other.
+FEW = tl.constexpr(4)
 WORD = 32  # bits
 
 
@@ -30,13 +34,8 @@ WORD = 32  # bits
 
 
 @triton.jit
-def _ordered(x, WIDE: tl.constexpr):
-    """The bits of floats as signed integers that are ordered as the floats are.
-
-    NaN counts as 0 (its row is NaN whatever is kept): a GPU's own NaN would be the largest
-    integer, and the bracket's upper end, one more, would overflow.
-    """
-    x = tl.where((x == 0) | (x != x), 0.0, x)  # -0.0 ties with 0.0
+def _key(x, WIDE: tl.constexpr):
+    """The bits of a float as a signed integer; integers are ordered as the floats are."""
     if WIDE:
         bits = x.to(tl.int64, bitcast=True)
         return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
@@ -46,16 +45,94 @@ def _ordered(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _narrowed(keys, k, low, high, above_low, probe):
-    """The bracket after a look at `probe`, which may lie outside."""
-    above = tl.sum((keys >= probe).to(tl.int32), axis=0)
-    is_low = (above >= k) & (probe > low)
-    is_high = (above < k) & (probe < high)
-    return (
-        tl.where(is_low, probe, low),
-        tl.where(is_high, probe, high),
-        tl.where(is_low, above, above_low),
-    )
+def _value(key, WIDE: tl.constexpr):
+    """The float of a key."""
+    if WIDE:
+        return tl.where(key < 0, key ^ 0x7FFFFFFFFFFFFFFF, key).to(tl.float64, bitcast=True)
+    else:
+        return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _count(values, threshold):
+    return tl.sum((values >= threshold).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _next_probe(
+    low, high, above_low, above_high, above, probe, step, k, mean, deviation, unit,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The key to look at after `probe`, above which `above` values are; within the bracket."""
+    real: tl.constexpr = tl.float64 if WIDE else tl.float32
+    # Halfway, without overflow. Every fourth time it is this, whatever the values are.
+    middle = (low >> 1) + (high >> 1) + (low & high & 1)
+    key = middle
+    least: tl.constexpr = -0x7FF0000000000001 if WIDE else -0x7F800001
+    if step % 4 != 0:
+        if (low != least) & (high != -least):
+            # Behind the threshold of a row values thin out as powers do, or faster: the
+            # logarithm of how many are above falls on a line with the key.
+            fall = tl.log2(above_low / tl.maximum(above_high, 0.5))
+            share = tl.log2(above_low / (k - 0.5)) / fall
+            key = low + ((high.to(real) - low.to(real)) * share).to(low.dtype)
+        else:
+            # One end is still open. Near the aim, Newton's step on a normal density and somewhat
+            # more, to the other side; else to the mean, or as far again from it.
+            missing = (above - k).to(tl.float32)
+            far = tl.abs(missing) > 4 * tl.sqrt(k.to(tl.float32))
+            more = 1 + 0.5 * tl.sqrt(tl.abs(missing))
+            near = probe + (missing + tl.where(above >= k, more, -more)) * unit
+            outwards = mean + tl.where(above >= k, 2 * (probe - mean) + deviation, 0.0)
+            guess = tl.where(far, outwards, near)
+            key = tl.where(guess == guess, _key(guess, WIDE), middle)
+    return tl.where((key > low) & (key < high), key, middle)
+
+
+@triton.jit
+def _threshold(values, total, squares, k, guess, unit, width, WIDE: tl.constexpr):
+    """A float that as many of `values` reach as reach the k-th largest.
+
+    values: [BLOCK], no NaN; what is no value is -inf. total, squares: their sum, and that of their
+    squares. guess, unit: where the k-th of `width` standard normal values is to be expected, and
+    the inverse density of values there.
+    """
+    mean = total / width
+    deviation = tl.sqrt(tl.maximum(squares / width - mean * mean, 0.0))
+    unit = (unit * deviation).to(tl.float32)
+    # Keys: k values or more reach `low`, fewer reach `high`.
+    low = tl.full((), -0x7FF0000000000001 if WIDE else -0x7F800001, tl.int64 if WIDE else tl.int32)
+    high = -low
+    above_low = width
+    above_high = 0
+    probe = mean + guess * deviation
+    key = _key(probe, WIDE)
+    probe = tl.where((key > low) & (key < high), probe, 0.0)
+    step = 1
+    searching = True
+    while searching:
+        above = _count(values, probe)
+        key = _key(probe, WIDE)
+        low = tl.where(above >= k, key, low)
+        above_low = tl.where(above >= k, above, above_low)
+        high = tl.where(above >= k, high, key)
+        above_high = tl.where(above >= k, above_high, above)
+        searching = (above_low != k) & (above_low - above_high > FEW) & (high - 1 > low)
+        if searching:
+            key = _next_probe(
+                low, high, above_low, above_high, above, probe, step, k, mean, deviation, unit, WIDE
+            )
+            probe = _value(key, WIDE)
+            step += 1
+    threshold = _value(low, WIDE)
+    # Few values are left between: the largest of them, one after the other.
+    walking = (above_low != k) & (high - 1 > low)
+    ceiling = _value(high, WIDE)
+    while walking:
+        ceiling = tl.max(tl.where(values >= ceiling, float("-inf"), values), axis=0)
+        threshold = ceiling
+        walking = _count(values, threshold) < k
+    return threshold
 
 
 @triton.jit
@@ -71,63 +148,67 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _store_bits(pointer, bits, n_words, BLOCK: tl.constexpr):
-    """bool [BLOCK] as int32 words, the first value in the lowest bit."""
-    places = (bits.to(tl.int32)).reshape(BLOCK // 32, 32) << tl.arange(0, 32)[None, :]
-    words = tl.arange(0, BLOCK // 32)
-    tl.store(pointer + words, tl.sum(places, axis=1), mask=words < n_words)
+def _places(BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Of every value of a row, its bit in its word: int32 [32 / VECTOR, words, VECTOR], flattened.
+
+    A thread loads VECTOR values at a time, and the 32 of a word are those of one thread.
+    """
+    high = tl.arange(0, 32 // VECTOR)[:, None, None] * VECTOR
+    places = high + tl.arange(0, VECTOR)[None, None, :]
+    return tl.broadcast_to(places, (32 // VECTOR, BLOCK // 32, VECTOR))
 
 
 @triton.jit
-def _load_bits(pointer, columns, mask):
-    return ((tl.load(pointer + columns // 32, mask=mask, other=0) >> (columns % 32)) & 1) != 0
+def _store_bits(pointer, bits, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """bool [BLOCK] as int32 words [BLOCK / 32]."""
+    shaped = bits.to(tl.int32).reshape(32 // VECTOR, BLOCK // 32, VECTOR)
+    words = tl.sum(tl.sum(shaped << _places(BLOCK, VECTOR), axis=2), axis=0)
+    tl.store(pointer + tl.arange(0, BLOCK // 32), words)
+
+
+@triton.jit
+def _load_bits(pointer, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    words = tl.load(pointer + tl.arange(0, BLOCK // 32))
+    return (((words[None, :, None] >> _places(BLOCK, VECTOR)) & 1) != 0).reshape(BLOCK)
 
 
 @triton.jit
 def _forward_kernel(
     h_pointer, update_pointer, alpha_pointer, y_pointer, bits_pointer, rms_pointer,
-    k, guess, epsilon, width, n_words,
+    k, guess, unit, epsilon, width,
     HAS_UPDATE: tl.constexpr, HARD: tl.constexpr, ACTIVATION: tl.constexpr,
-    MASKS: tl.constexpr, HAS_RMS: tl.constexpr, BRACKET: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    MASKS: tl.constexpr, HAS_RMS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    real = tl.float64 if WIDE else tl.float32
-    x = tl.load(h_pointer + row * width + columns, mask=mask, other=0.0).to(real)
+    mask = None if IS_EVEN else columns < width
+    other = None if IS_EVEN else 0.0
+    real: tl.constexpr = tl.float64 if WIDE else tl.float32
+    x = tl.load(h_pointer + row * width + columns, mask=mask, other=other).to(real)
     if HAS_UPDATE:
-        x += tl.load(update_pointer + row * width + columns, mask=mask, other=0.0).to(real)
-    has_nan = tl.max((x != x).to(tl.int32), axis=0) != 0
+        x += tl.load(update_pointer + row * width + columns, mask=mask, other=other).to(real)
 
-    keys = _ordered(x, WIDE)
-    # What lies beyond the row gets a key below all in it.
-    largest = tl.max(keys, axis=0)
-    lowest = tl.min(tl.where(mask, keys, largest), axis=0)
-    high = tl.max(tl.where(mask, keys, lowest), axis=0) + 1
-    keys = tl.where(mask, keys, lowest - 1)
-    low = lowest
-    above_low = width
-    mean = tl.sum(x, axis=0) / width
-    spread = tl.where(mask, x - mean, 0.0)
-    deviation = tl.sqrt(tl.sum(spread * spread, axis=0) / width)
-    for side in tl.static_range(2):
-        probe = mean + (guess + (2 * side - 1) * BRACKET) * deviation
-        low, high, above_low = _narrowed(keys, k, low, high, above_low, _ordered(probe, WIDE))
-    # Floor of the mean without overflow; it is `low` once nothing lies between.
-    middle = (low >> 1) + (high >> 1) + (low & high & 1)
-    while (middle != low) & (above_low != k):
-        low, high, above_low = _narrowed(keys, k, low, high, above_low, middle)
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-    kept = (keys >= low) & mask & (has_nan == 0)
+    total = tl.sum(x, axis=0)
+    squares = tl.sum(x * x, axis=0)
+    has_nan = squares != squares  # squares add up to NaN only if one of them is
+    threshold = tl.full((), float("nan"), real)  # which nothing reaches
+    if has_nan == 0:
+        values = x if IS_EVEN else tl.where(mask, x, float("-inf"))
+        threshold = _threshold(values, total, squares, k, guess, unit, width, WIDE)
+    if ACTIVATION == "relu":
+        # What is not positive gives 0 either way, and what lies beyond the row is 0.
+        smallest = _value(tl.full((), 1, tl.int64 if WIDE else tl.int32), WIDE)
+        kept = x >= tl.where(threshold < smallest, smallest, threshold)
+    else:
+        kept = (x >= threshold) if IS_EVEN else (x >= threshold) & mask
 
     stored = y_pointer.dtype.element_ty
-    f_x = _activated(x, ACTIVATION)
+    f_x = x if ACTIVATION == "relu" and HARD else _activated(x, ACTIVATION)
     if not HAS_UPDATE:
         f_x = f_x.to(stored).to(real)  # as the definition, which rounds twice there
     if HARD:
-        y = tl.where(kept, f_x, 0.0)
-        y = tl.where(has_nan, float("nan"), y)
+        y = tl.where(kept, f_x, tl.where(has_nan, float("nan"), 0.0))
     else:
         alpha = tl.load(alpha_pointer).to(real)
         scaled = tl.where(alpha == 0, 0.0, alpha * f_x)
@@ -136,48 +217,65 @@ def _forward_kernel(
     y = y.to(stored)
     tl.store(y_pointer + row * width + columns, y, mask=mask)
     if HAS_RMS:
-        squares = tl.where(mask, y.to(real) * y.to(real), 0.0)
-        tl.store(rms_pointer + row, tl.rsqrt(tl.sum(squares, axis=0) / width + epsilon))
+        wide = y.to(real)
+        if not IS_EVEN:
+            wide = tl.where(mask, wide, 0.0)
+        tl.store(rms_pointer + row, tl.rsqrt(tl.sum(wide * wide, axis=0) / width + epsilon))
 
-    first = bits_pointer + row * MASKS * n_words
-    if ACTIVATION == "relu":
-        positive = ((x > 0) | (x != x)) & mask
-        _store_bits(first, kept & positive, n_words, BLOCK)
-        if MASKS == 2:
-            _store_bits(first + n_words, positive, n_words, BLOCK)
-    else:
-        _store_bits(first, kept, n_words, BLOCK)
+    first = bits_pointer + row * MASKS * (BLOCK // 32)
+    _store_bits(first, kept, BLOCK, VECTOR)
+    if MASKS == 2:
+        _store_bits(first + BLOCK // 32, (x > 0) | (x != x), BLOCK, VECTOR)
 
 
 @triton.jit
 def _backward_kernel(
-    gradient_pointer, bits_pointer, alpha_pointer, out_pointer, width, n_words,
-    HARD: tl.constexpr, MASKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    gradient_pointer, bits_pointer, alpha_pointer, out_pointer, width,
+    HARD: tl.constexpr, MASKS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    gradient = tl.load(gradient_pointer + row * width + columns, mask=mask, other=0.0)
+    mask = None if IS_EVEN else columns < width
+    other = None if IS_EVEN else 0.0
+    gradient = tl.load(gradient_pointer + row * width + columns, mask=mask, other=other)
     gradient = gradient.to(tl.float64 if WIDE else tl.float32)
-    first = bits_pointer + row * MASKS * n_words
-    kept = _load_bits(first, columns, mask)
+    first = bits_pointer + row * MASKS * (BLOCK // 32)
+    kept = _load_bits(first, BLOCK, VECTOR)
     if HARD:
         out = tl.where(kept, gradient, 0.0)
     else:
         alpha = tl.load(alpha_pointer).to(gradient.dtype)
         out = tl.where(kept, gradient, tl.where(alpha == 0, 0.0, alpha * gradient))
         if MASKS == 2:
-            out = tl.where(_load_bits(first + n_words, columns, mask), out, 0.0)
+            out = tl.where(_load_bits(first + BLOCK // 32, BLOCK, VECTOR), out, 0.0)
     tl.store(out_pointer + row * width + columns, out.to(out_pointer.dtype.element_ty), mask=mask)
 
 
 # --- operators ---
 
 
-def _shape_of(width: int) -> dict[str, int]:
-    """A row a warp up to 2,048 values, more warps beyond."""
-    block = max(WORD, triton.next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": max(1, block // 2048)}
+def _block_of(width: int) -> int:
+    return max(WORD, triton.next_power_of_2(width))
+
+
+def _shape_of(x: Tensor) -> dict[str, Any]:
+    """A row of x [..., D] a warp up to 2,048 values, more warps beyond."""
+    width, block = x.shape[-1], _block_of(x.shape[-1])
+    return {
+        "width": width, "BLOCK": block, "IS_EVEN": block == width, "VECTOR": 16 // x.itemsize,
+        "WIDE": x.dtype == torch.float64, "num_warps": max(1, block // 2048),
+    }  # fmt: skip
+
+
+def _guess_of(width: int, k: int) -> tuple[float, float]:
+    """Where the k-th largest of `width` standard normal values is to be expected.
+
+    And by how much one value more lies below it: the inverse of their density there.
+    """
+    normal = NormalDist()
+    place = normal.inv_cdf(1 - k / width)
+    return place, 1 / (width * normal.pdf(place))
 
 
 def _on_device(alpha: Tensor, x: Tensor) -> Tensor:
@@ -205,10 +303,9 @@ def _forward(
         _forward_kernel[(y.numel() // width,)](
             h.contiguous(), y if update is None else update.contiguous(),
             y if alpha is None else _on_device(alpha, h), y, bits, rms,
-            k, NormalDist().inv_cdf(1 - k / width), epsilon or 0.0, width, bits.shape[-1],
+            k, *_guess_of(width, k), epsilon or 0.0,
             HAS_UPDATE=update is not None, HARD=alpha is None, ACTIVATION=activation,
-            MASKS=bits.shape[-2], HAS_RMS=epsilon is not None, BRACKET=BRACKET,
-            WIDE=y.dtype == torch.float64, **_shape_of(width),
+            MASKS=bits.shape[-2], HAS_RMS=epsilon is not None, **_shape_of(y),
         )  # fmt: skip
     return y, bits, rms
 
@@ -224,7 +321,7 @@ def _outputs(h, update, alpha, activation, epsilon) -> tuple[Tensor, Tensor, Ten
     masks = 2 if activation == "relu" and alpha is not None else 1
     return (
         h.new_empty((*rows, width), dtype=dtype),
-        h.new_empty((*rows, masks, -(-width // WORD)), dtype=torch.int32),
+        h.new_empty((*rows, masks, _block_of(width) // WORD), dtype=torch.int32),
         h.new_empty(
             rows if epsilon is not None else 0, dtype=torch.promote_types(dtype, torch.float32)
         ),
@@ -240,8 +337,7 @@ def _backward(gradient: Tensor, bits: Tensor, alpha: Tensor | None) -> Tensor:
     with torch.cuda.device_of(gradient):
         _backward_kernel[(out.numel() // width,)](
             gradient.contiguous(), bits, out if alpha is None else _on_device(alpha, gradient), out,
-            width, bits.shape[-1], HARD=alpha is None, MASKS=bits.shape[-2],
-            WIDE=out.dtype == torch.float64, **_shape_of(width),
+            HARD=alpha is None, MASKS=bits.shape[-2], **_shape_of(out),
         )  # fmt: skip
     return out
 

@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(
         not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device"
     ),
+    # The interpreter computes with numpy, which warns of what floats may do.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 if INTERPRETED or torch.cuda.is_available():
     triton_topk = pytest.importorskip("lingua_topk.ops.triton_topk")
@@ -44,7 +46,13 @@ def hard_rows(width: int, dtype=torch.float32) -> Tensor:
     x[9, ::3] = -0.0
     x[10, 1 % width], x[11, ::2] = NAN, NAN
     x[12, 0] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16).to(dtype)  # another NaN
+    x[13] *= x[13].abs() ** 3  # heavy tails
     return x.to(DEVICE)
+
+
+def few_rows(width: int, dtype=torch.float32) -> Tensor:
+    """Some of them: the interpreter takes its time for every row."""
+    return hard_rows(width, dtype)[[0, 5, 6, 9, 10, 13]] if INTERPRETED else hard_rows(width, dtype)
 
 
 def close(actual: Tensor, expected: Tensor, activation: str = "relu") -> None:
@@ -65,21 +73,30 @@ def results(name: str, function, inputs: list[Tensor], weight: Tensor) -> list[T
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SIZES = ((2, 1), (37, 1), (37, 5), (37, 37), (128, 100))
-# The interpreter takes a second for each.
+OTHERS = [f for f in ACTIVATIONS if f != "relu"]
+SIZES = ((2, 1), (37, 1), (37, 37), (128, 100))
 CASES = [
-    *((*size, 0.0, dtype, "relu") for size in SIZES for dtype in DTYPES),
-    *((37, 5, alpha, dtype, "relu") for alpha in (0.3, 1.0) for dtype in DTYPES),
-    *((37, 5, alpha, torch.float32, f) for alpha in (0.0, 0.3) for f in ACTIVATIONS),
-    *((37, 5, 0.3, torch.bfloat16, f) for f in ACTIVATIONS if f != "relu"),
+    (37, 5, 0.0, torch.float32, "relu", hard_rows),
+    *((*size, 0.0, torch.float32, "relu", few_rows) for size in SIZES),
+    *((37, 5, 0.0, dtype, "relu", few_rows) for dtype in DTYPES if dtype != torch.float32),
+    *((37, 5, 0.3, dtype, "relu", few_rows) for dtype in DTYPES),
+    (37, 5, 1.0, torch.float32, "relu", few_rows),
+    *((37, 5, alpha, torch.float32, f, few_rows) for alpha in (0.0, 0.3) for f in OTHERS),
+    (37, 5, 0.3, torch.bfloat16, "silu", few_rows),
 ]
 
 
-@pytest.mark.parametrize(("width", "k", "alpha", "dtype", "activation"), CASES, ids=str)
-def test_kernel_is_the_definition(width, k, alpha, dtype, activation):
-    x = hard_rows(width, dtype)
+@pytest.mark.parametrize(
+    ("width", "k", "alpha", "dtype", "activation", "rows"),
+    CASES,
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_kernel_is_the_definition(width, k, alpha, dtype, activation, rows):
+    x = rows(width, dtype)
     other, weight = x.flip(0).roll(1, 1), x.flip(0)
-    for function, inputs in ((topk, [x]), (topk_sum, [x, other])):
+    both = ((topk_sum, [x, other]), (topk, [x]))
+    # What the sum shares with the other is not interpreted twice.
+    for function, inputs in both[:1] if INTERPRETED and activation == "relu" else both:
         run = lambda *inputs, f=function: f(*inputs, k, alpha, activation)  # noqa: E731
         expected = results("plain", run, inputs, weight)
         for one, reference in zip(results("triton", run, inputs, weight), expected, strict=True):
@@ -89,7 +106,7 @@ def test_kernel_is_the_definition(width, k, alpha, dtype, activation):
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_alpha_as_a_tensor(value, activation):
-    x = hard_rows(37)
+    x = few_rows(37)
     x = x[x.isfinite().all(dim=1)]
     alpha = torch.tensor(value, device=DEVICE)
     expected = results("plain", lambda x: topk(x, 5, alpha, activation), [x], x.flip(0))
@@ -101,6 +118,7 @@ def test_alpha_as_a_tensor(value, activation):
 @pytest.mark.parametrize(("width", "k"), [(1000, 64), (2048, 128), (4100, 3), (8192, 512)])
 def test_wide_rows(width, k):
     h, update = torch.randn(2, 3, width, device=DEVICE).unbind()
+    h[1] *= h[1].abs() ** 3
     actual = results("triton", lambda h, u: topk_sum(h, u, k), [h, update], h)
     expected = results("plain", lambda h, u: topk_sum(h, u, k), [h, update], h)
     for one, reference in zip(actual, expected, strict=True):
@@ -109,8 +127,8 @@ def test_wide_rows(width, k):
 
 
 def test_every_k_of_a_row():
-    x = hard_rows(16)
-    for k in range(1, 17):
+    x = hard_rows(16)[[0, 7, 14] if INTERPRETED else slice(None)]
+    for k in (1, 2, 5, 8, 15, 16) if INTERPRETED else range(1, 17):
         close(
             results("triton", lambda x: topk(x, k, 0.0, "identity"), [x], x)[0],  # noqa: B023
             results("plain", lambda x: topk(x, k, 0.0, "identity"), [x], x)[0],  # noqa: B023
@@ -130,7 +148,7 @@ def test_shapes_and_strides(shape):
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_reciprocal_rms_and_its_gradient(dtype, alpha):
-    h, update = hard_rows(37, dtype)[13:], hard_rows(37, dtype)[13:].flip(0)
+    h, update = hard_rows(37, dtype)[14:], hard_rows(37, dtype)[14:].flip(0)
     found = []
     for function in (triton_topk.topk_sum_rms_triton, triton_topk.topk_sum_rms_definition):
         inputs = h.clone().requires_grad_(), update.clone().requires_grad_()
@@ -141,8 +159,9 @@ def test_reciprocal_rms_and_its_gradient(dtype, alpha):
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("alpha", "activation"), [(0.0, "relu"), (0.3, "relu"), (0.0, "silu"), (0.3, "gelu")]
+)
 def test_it_can_be_differentiated_twice(alpha, activation):
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     x = ((order.double() - 2.5) / 2).view(1, 6).to(DEVICE).requires_grad_()
@@ -199,8 +218,8 @@ def test_a_small_training_run_has_the_same_losses(dtype):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         found = []
         with backends.use(name):
-            for step in range(12):
-                model[1].alpha = max(0.0, 1 - step / 6)
+            for step in range(8):
+                model[1].alpha = max(0.0, 1 - step / 4)
                 x = torch.randn(8, 24, dtype=dtype).to(DEVICE)
                 loss = (model(x) - x).square().mean()
                 loss.backward()
