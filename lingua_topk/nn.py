@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from lingua_topk.ops import topk, topk_sum
+from lingua_topk.ops.backends import chosen
 from lingua_topk.ops.topk import check_activation, check_alpha, check_k
 from lingua_topk.stats import FiringStats
 
@@ -18,6 +19,7 @@ class TopK(nn.Module):
 
     def __init__(self, k: int, activation: str = "relu", alpha: float = 0.0):
         super().__init__()
+        chosen()  # a backend that is not known is told before anything runs
         self.k = check_k(k)
         self.activation = check_activation(activation)
         self.alpha = float(check_alpha(alpha))

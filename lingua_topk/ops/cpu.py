@@ -2,9 +2,9 @@
 
 Quickselect finds the k-th largest of a row without sorting anything, with vector
 instructions, and in a share of the rows on every thread. `relu` has kernels of its own,
-since training runs it: backward takes the result, or x and the thresholds, and selects
-nothing. The other activations are the definition's own expressions around the faster
-selection.
+since training runs it: they add h and update as well, and backward takes the result, or the
+inputs and the thresholds, and selects nothing. The other activations are the definition's own
+expressions around the faster selection.
 """
 
 import os
@@ -30,20 +30,30 @@ Array = NDArray[Any]
 
 def topk_cpu(x: Tensor, k: int, alpha: float | Tensor, activation: str) -> Tensor:
     """`topk_definition`, bit for bit (but for the sign of a zero), of a tensor on the CPU."""
-    if activation != "relu" or isinstance(alpha, Tensor) or is_whole(x, k, alpha):
-        return topk_definition(x, k, alpha, activation, select_cpu)
-    if alpha == 0:
-        return _hard_relu(x, k)
-    # A tensor, as a compiled model that is given another number would be compiled again.
-    return _annealed_relu(x, k, alpha * torch.ones((), dtype=torch.float64))[0]
+    if _has_kernel(x, k, alpha, activation):
+        return _relu_kernel(x, None, k, alpha)
+    return topk_definition(x, k, alpha, activation, select_cpu)
 
 
 def topk_sum_cpu(
     h: Tensor, update: Tensor, k: int, alpha: float | Tensor, activation: str
 ) -> Tensor:
     """`topk_sum_definition`, as above."""
-    y = topk_cpu(wide_sum(h, update), k, alpha, activation)
+    if _has_kernel(h, k, alpha, activation):
+        return _relu_kernel(h, update, k, alpha)
+    y = topk_definition(wide_sum(h, update), k, alpha, activation, select_cpu)
     return y.to(torch.promote_types(h.dtype, update.dtype))
+
+
+def _has_kernel(x: Tensor, k: int, alpha: float | Tensor, activation: str) -> bool:
+    return activation == "relu" and not isinstance(alpha, Tensor) and not is_whole(x, k, alpha)
+
+
+def _relu_kernel(h: Tensor, update: Tensor | None, k: int, alpha: float) -> Tensor:
+    if alpha == 0:
+        return _hard_relu(h, update, k)
+    # A tensor, as a compiled model that is given another number would be compiled again.
+    return _annealed_relu(h, update, k, alpha * torch.ones((), dtype=torch.float64))[0]
 
 
 @torch.no_grad()
@@ -59,10 +69,10 @@ def select_cpu(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("lingua_topk::cpu_threshold", mutates_args=())
 def _threshold(x: Tensor, k: int) -> Tensor:
     """The k-th largest of each row, [..., 1], dtype of x; NaN for a row that holds a NaN."""
-    values, threshold = _rows_of(x), _empty(x, 1)
-    thresholds = _rows_of(threshold)
+    threshold = _empty(x, x.dtype, 1)
+    values, thresholds = _rows_of(x), _rows_of(threshold)
 
-    def work(rows: slice, buffer: Array) -> None:
+    def work(rows: slice, _: Array, buffer: Array) -> None:
         thresholds[rows] = _threshold_of(values[rows], k, buffer)
 
     _in_chunks(work, values)
@@ -70,18 +80,18 @@ def _threshold(x: Tensor, k: int) -> Tensor:
 
 
 @torch.library.custom_op("lingua_topk::cpu_hard_relu", mutates_args=())
-def _hard_relu(x: Tensor, k: int) -> Tensor:
-    """relu of what is kept, 0 elsewhere: [..., D], dtype of x; 1 <= k < D."""
-    return _relu(x, k, 0.0)[0]
+def _hard_relu(h: Tensor, update: Tensor | None, k: int) -> Tensor:
+    """relu of what is kept of h + update, 0 elsewhere: [..., D], dtype of both; 1 <= k < D."""
+    return _relu(h, update, k, 0.0)[0]
 
 
 @torch.library.custom_op("lingua_topk::cpu_hard_relu_backward", mutates_args=())
 def _hard_relu_backward(gradient: Tensor, y: Tensor) -> Tensor:
     """The gradient where y > 0, else 0: [..., D]. A row that is NaN passes none."""
-    gradients, results, out = _rows_of(gradient), _rows_of(y), _empty(gradient)
-    passed = _rows_of(out)
+    out = _empty(gradient, gradient.dtype)
+    gradients, results, passed = _rows_of(gradient), _rows_of(y), _rows_of(out)
 
-    def work(rows: slice, buffer: Array) -> None:
+    def work(rows: slice, _: Array, __: Array) -> None:
         _copy_where(gradients[rows], results[rows] > 0, passed[rows])
 
     _in_chunks(work, gradients)
@@ -89,33 +99,37 @@ def _hard_relu_backward(gradient: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lingua_topk::cpu_annealed_relu", mutates_args=())
-def _annealed_relu(x: Tensor, k: int, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def _annealed_relu(
+    h: Tensor, update: Tensor | None, k: int, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
     """relu of what is kept, alpha times it elsewhere, [..., D]; and the thresholds, [..., 1].
 
-    alpha: float64 []; here and in its backward.
+    alpha: float64 []; here and in its backward. The thresholds are as wide as the sum is.
     """
-    return _relu(x, k, alpha.item())
+    return _relu(h, update, k, alpha.item())
 
 
 @torch.library.custom_op("lingua_topk::cpu_annealed_relu_backward", mutates_args=())
 def _annealed_relu_backward(
-    gradient: Tensor, x: Tensor, threshold: Tensor, alpha: Tensor
+    gradient: Tensor, h: Tensor, update: Tensor | None, threshold: Tensor, alpha: Tensor
 ) -> Tensor:
-    """The gradient where x is positive and kept, alpha times it where it is positive only."""
-    gradients, values, thresholds = _rows_of(gradient), _rows_of(x), _rows_of(threshold)
-    out, scale, bits = _empty(gradient), gradients.dtype.type(alpha), _bits(gradients.dtype)
-    passed = _rows_of(out)
+    """The gradient where h + update is positive and kept, alpha times it where only positive."""
+    out = _empty(gradient, gradient.dtype)
+    gradients, thresholds, passed = _rows_of(gradient), _rows_of(threshold), _rows_of(out)
+    read = _reader(h, update)
+    scale, bits = gradients.dtype.type(alpha), _bits(gradients.dtype)
 
-    def work(rows: slice, buffer: Array) -> None:
-        kept = _is_kept(values[rows], thresholds[rows])  # [n, D]
+    def work(rows: slice, buffer: Array, other: Array) -> None:
+        values = read(rows, buffer)
+        kept = _is_kept(values, thresholds[rows])  # [n, D]
         # As torch has it, relu of a NaN passes a gradient.
-        only_positive = ~((values[rows] <= 0) | kept)
-        scaled = np.multiply(gradients[rows], scale, out=buffer)
-        _copy_where(scaled, only_positive, buffer)
+        only_positive = ~((values <= 0) | kept)
+        scaled = np.multiply(gradients[rows], scale, out=other)
+        _copy_where(scaled, only_positive, other)
         _copy_where(gradients[rows], kept, passed[rows])
         # One of them is 0.
         whole = passed[rows].view(bits)
-        np.bitwise_or(whole, buffer.view(bits), out=whole)
+        np.bitwise_or(whole, other.view(bits), out=whole)
 
     _in_chunks(work, gradients)
     return out.to(gradient.dtype)
@@ -127,8 +141,8 @@ def _(x: Tensor, k: int) -> Tensor:
 
 
 @_hard_relu.register_fake
-def _(x: Tensor, k: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _(h: Tensor, update: Tensor | None, k: int) -> Tensor:
+    return h.new_empty(h.shape, dtype=_sum_dtype(h, update))
 
 
 @_hard_relu_backward.register_fake
@@ -137,47 +151,66 @@ def _(gradient: Tensor, y: Tensor) -> Tensor:
 
 
 @_annealed_relu.register_fake
-def _(x: Tensor, k: int, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
+def _(h: Tensor, update: Tensor | None, k: int, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _sum_dtype(h, update)
+    return h.new_empty(h.shape, dtype=dtype), h.new_empty(*h.shape[:-1], 1, dtype=_wide(dtype))
 
 
 @_annealed_relu_backward.register_fake
-def _(gradient: Tensor, x: Tensor, threshold: Tensor, alpha: Tensor) -> Tensor:
+def _(gradient, h, update, threshold, alpha) -> Tensor:
     return gradient.new_empty(gradient.shape)
 
 
 # --- their gradients. Backward is linear in the gradient, so its own gradient is itself again ---
 
 
-def _save_result(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_hard(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, update, _ = inputs
+    _save_dtypes(ctx, h, update)
     ctx.save_for_backward(output)
+
+
+def _save_for_annealed(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    h, update, _, alpha = inputs
+    _save_dtypes(ctx, h, update)
+    ctx.save_for_backward(h, update, output[1], alpha)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _save_dtypes(ctx, h: Tensor, update: Tensor | None) -> None:
+    ctx.dtypes = h.dtype, None if update is None else update.dtype
 
 
 def _save_all_but_the_gradient(ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _save_x_and_threshold(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, alpha = inputs
-    ctx.save_for_backward(x, output[1], alpha)
-    ctx.mark_non_differentiable(output[1])
+def _of_both(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    of_h, of_update = ctx.dtypes
+    return gradient.to(of_h), None if of_update is None else gradient.to(of_update)
 
 
-def _backward_of_hard(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+def _backward_of_hard(ctx, gradient: Tensor) -> tuple[Any, ...]:
+    return *_of_both(ctx, _hard_relu_backward(gradient, *ctx.saved_tensors)), None
+
+
+def _backward_of_hard_backward(ctx, gradient: Tensor) -> tuple[Any, ...]:
     return _hard_relu_backward(gradient, *ctx.saved_tensors), None
 
 
-def _backward_of_annealed(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
-    return _annealed_relu_backward(gradient, *ctx.saved_tensors), None, None
+def _backward_of_annealed(ctx, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    return *_of_both(ctx, _annealed_relu_backward(gradient, *ctx.saved_tensors)), None, None
 
 
-def _backward_of_annealed_backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    return *_backward_of_annealed(ctx, gradient, None), None
+def _backward_of_annealed_backward(ctx, gradient: Tensor) -> tuple[Any, ...]:
+    return _annealed_relu_backward(gradient, *ctx.saved_tensors), None, None, None, None
 
 
-_hard_relu.register_autograd(_backward_of_hard, setup_context=_save_result)
-_hard_relu_backward.register_autograd(_backward_of_hard, setup_context=_save_all_but_the_gradient)
-_annealed_relu.register_autograd(_backward_of_annealed, setup_context=_save_x_and_threshold)
+_hard_relu.register_autograd(_backward_of_hard, setup_context=_save_for_hard)
+_hard_relu_backward.register_autograd(
+    _backward_of_hard_backward, setup_context=_save_all_but_the_gradient
+)
+_annealed_relu.register_autograd(_backward_of_annealed, setup_context=_save_for_annealed)
 _annealed_relu_backward.register_autograd(
     _backward_of_annealed_backward, setup_context=_save_all_but_the_gradient
 )
@@ -186,32 +219,52 @@ _annealed_relu_backward.register_autograd(
 # --- numpy ---
 
 
-def _rows_of(x: Tensor) -> Array:
-    """x as rows [N, D] that numpy can read: float64, or float32, which holds half precision."""
-    wide = x if x.dtype == torch.float64 else x.float()
+def _sum_dtype(h: Tensor, update: Tensor | None) -> torch.dtype:
+    return h.dtype if update is None else torch.promote_types(h.dtype, update.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What numpy computes in: float64, or float32, which holds half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows_of(x: Tensor, dtype: torch.dtype | None = None) -> Array:
+    """x as rows [N, D], float64 or float32; of that dtype if one is given."""
+    wide = x.to(_wide(dtype or x.dtype))
     return wide.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
 
 
-def _empty(like: Tensor, width: int | None = None) -> Tensor:
-    """For rows of that width (of `like`, [..., D], if None), in the dtype of `_rows_of`.
+def _empty(like: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
+    """For rows of that width (of `like`, [..., D], if None), as wide as `_rows_of` makes them.
 
     `_rows_of` the result shares its memory. It is no view: FSDP2 warns of results that are.
     """
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.empty((*like.shape[:-1], width or like.shape[-1]), dtype=wide)
+    return torch.empty((*like.shape[:-1], width or like.shape[-1]), dtype=_wide(dtype))
 
 
-def _relu(x: Tensor, k: int, alpha: float) -> tuple[Tensor, Tensor]:
-    y, threshold = _empty(x), _empty(x, 1)
-    values, results, thresholds = _rows_of(x), _rows_of(y), _rows_of(threshold)
-    scale = values.dtype.type(alpha)
+def _reader(h: Tensor, update: Tensor | None) -> Callable[[slice, Array], Array]:
+    """read(rows, buffer): those rows of h + update, in the buffer or where they lie."""
+    dtype = _sum_dtype(h, update)
+    first = _rows_of(h, dtype)
+    if update is None:
+        return lambda rows, buffer: first[rows]
+    second = _rows_of(update, dtype)
+    return lambda rows, buffer: np.add(first[rows], second[rows], out=buffer)
 
-    def work(rows: slice, buffer: Array) -> None:
-        thresholds[rows] = _threshold_of(values[rows], k, buffer)
-        _relu_above(values[rows], thresholds[rows], scale, buffer, out=results[rows])
 
-    _in_chunks(work, values)
-    return y.to(x.dtype), threshold.to(x.dtype)
+def _relu(h: Tensor, update: Tensor | None, k: int, alpha: float) -> tuple[Tensor, Tensor]:
+    dtype = _sum_dtype(h, update)
+    y, threshold = _empty(h, dtype), _empty(h, dtype, 1)
+    results, thresholds, read = _rows_of(y), _rows_of(threshold), _reader(h, update)
+    scale = results.dtype.type(alpha)
+
+    def work(rows: slice, buffer: Array, other: Array) -> None:
+        values = read(rows, buffer)
+        thresholds[rows] = _threshold_of(values, k, other)
+        _relu_above(values, thresholds[rows], scale, other, out=results[rows])
+
+    _in_chunks(work, results)
+    return y.to(dtype), threshold
 
 
 def _threshold_of(values: Array, k: int, buffer: Array) -> Array:
@@ -253,10 +306,10 @@ def _bits(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"i{dtype.itemsize}")
 
 
-def _in_chunks(work: Callable[[slice, Array], None], values: Array) -> None:
-    """work(rows, buffer) for all rows of values [N, D], on torch's number of threads.
+def _in_chunks(work: Callable[[slice, Array, Array], None], values: Array) -> None:
+    """work(rows, buffer, other) for all rows of values [N, D], on torch's number of threads.
 
-    buffer: of the shape and dtype of those rows, the thread's own.
+    buffer, other: of the shape and dtype of those rows, the thread's own.
     """
     n_rows, width = values.shape
     step = max(1, CHUNK // max(1, width))
@@ -264,11 +317,11 @@ def _in_chunks(work: Callable[[slice, Array], None], values: Array) -> None:
     starts = iter(range(0, n_rows, step))
 
     def share() -> None:
-        buffer = np.empty_like(values, shape=(min(step, n_rows), width))
+        buffers = np.empty_like(values, shape=(2, min(step, n_rows), width))
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):  # as torch
             for start in starts:
                 stop = min(start + step, n_rows)
-                work(slice(start, stop), buffer[: stop - start])
+                work(slice(start, stop), *buffers[:, : stop - start])
 
     threads = min(torch.get_num_threads(), -(-n_rows // step))
     others = [_pool().submit(share) for _ in range(threads - 1)]

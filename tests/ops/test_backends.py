@@ -1,8 +1,6 @@
 """The choice of a backend, the sum, and the CPU backend beside the definition."""
 
 import multiprocessing as mp
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -42,10 +40,18 @@ def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def with_gradient(function, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return y, torch.autograd.grad(y, x, weight)[0]
+def with_gradient(function, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """The result of all arguments but the last, which weighs it, and their gradients."""
+    *inputs, weight = arguments
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    return y, *torch.autograd.grad(y, inputs, weight.to(y.dtype))
+
+
+def all_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        same(one, other)
 
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
@@ -59,32 +65,47 @@ def threads(request):
 # --- the CPU backend ---
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+SIZES = [(2, 1), (37, 1), (37, 5), (37, 36), (129, 64)]
+# relu has kernels of its own; the others share the selection alone.
+CASES = [("relu", *size) for size in SIZES] + [(f, 37, 5) for f in ACTIVATIONS if f != "relu"]
+
+
+@pytest.mark.parametrize(("activation", "width", "k"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, torch.tensor(0.3)], ids=str)
-@pytest.mark.parametrize(("width", "k"), [(2, 1), (37, 1), (37, 5), (37, 36), (129, 64)])
 def test_cpu_is_the_definition_in_every_bit(width, k, alpha, dtype, activation):
-    x = hard_rows(width, dtype)
-    weight = hard_rows(width, dtype).flip(0)  # NaN and infinity among the gradients too
-    for function in (topk, lambda x, *rest: topk_sum(x, x.detach().flip(1), *rest)):
+    x, weight = hard_rows(width, dtype), hard_rows(width, dtype).flip(0)  # NaN and infinity in both
+    for function, inputs in ((topk, [x]), (topk_sum, [x, x.flip(1).roll(1, 0)])):
+        run = lambda *inputs, f=function: f(*inputs, k, alpha, activation)  # noqa: E731
         with backends.use("plain"):
-            expected = with_gradient(lambda x: function(x, k, alpha, activation), x, weight)  # noqa: B023
+            expected = with_gradient(run, *inputs, weight)
         with backends.use("cpu"):
-            actual = with_gradient(lambda x: function(x, k, alpha, activation), x, weight)  # noqa: B023
-        same(actual[0], expected[0])
-        same(actual[1], expected[1])
+            actual = with_gradient(run, *inputs, weight)
+        all_same(actual, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("h_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("update_dtype", DTYPES, ids=str)
+def test_cpu_sums_of_two_dtypes(h_dtype, update_dtype, alpha):
+    h, update = hard_rows(37, h_dtype), hard_rows(37, update_dtype).flip(1)
+    expected = with_gradient(
+        lambda h, u: topk_sum_definition(h, u, 5, alpha, "relu"), h, update, h.flip(0)
+    )
+    with backends.use("cpu"):
+        actual = with_gradient(lambda h, u: topk_sum(h, u, 5, alpha), h, update, h.flip(0))
+    all_same(actual, expected)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_cpu_in_chunks_on_threads(threads, alpha):
     width = 512
-    x = hard_rows(width, n_normal=5 * (CHUNK // width) + 3)  # chunks, and a part of one
-    weight = x.flip(0)
+    h = hard_rows(width, n_normal=5 * (CHUNK // width) + 3)  # chunks, and a part of one
+    inputs = h, h.flip(1), h.flip(0)
     with backends.use("cpu"):
-        actual = with_gradient(lambda x: topk(x, 30, alpha), x, weight)
-    expected = with_gradient(lambda x: topk_definition(x, 30, alpha, "relu"), x, weight)
-    same(actual[0], expected[0])
-    same(actual[1], expected[1])
+        actual = with_gradient(lambda h, u: topk_sum(h, u, 30, alpha), *inputs)
+    expected = with_gradient(lambda h, u: topk_sum_definition(h, u, 30, alpha, "relu"), *inputs)
+    all_same(actual, expected)
 
 
 def test_cpu_rows_wider_than_a_chunk():
@@ -119,12 +140,13 @@ def test_cpu_operators_pass_torchs_own_checks():
     from lingua_topk.ops import cpu
 
     x, alpha = torch.randn(4, 9, requires_grad=True), torch.tensor(0.3, dtype=torch.float64)
-    torch.library.opcheck(cpu._hard_relu, (x, 3))
-    torch.library.opcheck(cpu._annealed_relu, (x, 3, alpha))
+    for update in (None, torch.randn(4, 9, dtype=torch.float64, requires_grad=True)):
+        torch.library.opcheck(cpu._hard_relu, (x, update, 3))
+        torch.library.opcheck(cpu._annealed_relu, (x, update, 3, alpha))
     torch.library.opcheck(cpu._threshold, (x.detach(), 3))
     torch.library.opcheck(cpu._hard_relu_backward, (x, x.detach()))
     threshold = x.detach()[:, :1]
-    torch.library.opcheck(cpu._annealed_relu_backward, (x, x.detach(), threshold, alpha))
+    torch.library.opcheck(cpu._annealed_relu_backward, (x, x.detach(), None, threshold, alpha))
 
 
 # --- in a model ---
@@ -271,22 +293,20 @@ def test_an_unknown_backend_is_refused():
         pass
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [("plain", "plain"), ("", "auto"), (None, "auto"), ("gpu", "ConfigError")],
-)
-def test_the_variable_is_read(value, expected):
-    program = (
-        "import torch\nfrom lingua_topk.ops import backends\n"
-        "try: print(backends.chosen())\nexcept Exception as error: print(type(error).__name__)"
-    )
-    environment = {name: text for name, text in os.environ.items() if name != backends.VARIABLE}
+@pytest.mark.parametrize(("value", "expected"), [("plain", "plain"), ("", "auto"), (None, "auto")])
+def test_the_variable_is_read(value, expected, monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", None)
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
     if value is not None:
-        environment[backends.VARIABLE] = value
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [expected]
+        monkeypatch.setenv(backends.VARIABLE, value)
+    assert backends.chosen() == expected
+
+
+def test_a_model_is_not_built_with_an_unknown_backend(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", None)
+    monkeypatch.setenv(backends.VARIABLE, "gpu")
+    with pytest.raises(ConfigError, match="LINGUA_TOPK_BACKEND='gpu' is not known"):
+        TopK(k=3)
 
 
 def test_definition_of_the_sum_is_what_plain_runs():
