@@ -1,10 +1,9 @@
-"""How fast the backends of the operator are beside `torch.topk` and a mask."""
+"""How fast the operator is: its backends beside `torch.topk`, the kernels of others, and a copy."""
 
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from apps.bench.rows import RESULTS, append, machine
+from apps.bench.peers import peers
+from apps.bench.rows import RESULTS, append, origin
 from apps.topk import cli
 from apps.topk.checkpoint import DTYPES
 from apps.topk.corpus import flags
-from apps.topk.provenance import provenance
 from lingua_topk.errors import ConfigError
 from lingua_topk.ops import backends, topk_sum
 from lingua_topk.ops.definition import topk_sum_definition
@@ -25,6 +24,9 @@ from lingua_topk.ops.definition import topk_sum_definition
 PROGRAM = "apps.bench.operator"
 EXAMPLE = "--rows 2048 --width 1024 --k 64"
 WARM_UP = 3
+DIRECTIONS = ("forward", "backward", "forward+backward")
+# Cycles for which a GPU waits, so that what is measured has been sent before it begins.
+CYCLES_AHEAD = 2_000_000
 # h, update, k, alpha -> y
 Function = Callable[[Tensor, Tensor, int, float], Tensor]
 
@@ -44,20 +46,24 @@ def measure(
     repeats: int = 30,
     save: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure y = TopK(h + update), forward and with backward, of all that run on a device.
+    """Measure y = TopK(h + update), forward, backward and both, of all that run on a device.
 
     In turns, in one process, on normal values: `torch.topk` with a threshold mask, `torch.topk`
-    with a scatter, the definition, and each backend. `ratio` is the time of the first over the
-    time of this one, in the same turn: its median, and the 10th and 90th percentile. Times are
-    written for a GPU only; on a CPU the ratio is what carries over. A backend whose results and
-    gradients are not the definition's, in this very run, is not reported: the program fails.
+    with a scatter, the definition, each backend, and the exact kernels of others that are
+    installed (rtopk, quack; with a scatter, as they give values and places). `ratio` is the time
+    of the first over the time of this one, in the same turn: its median, and the 10th and 90th
+    percentile. On a GPU there are times as well, and `of_copy`: the bytes that have to be read
+    and written, in that time, over the bandwidth of a copy in the same run. On a CPU the ratio is
+    what carries over. A backend whose results and gradients are not the definition's, in this very
+    run, is not reported: the program fails. A kernel of others that cannot run, or is wrong where
+    no values tie, is named and left out.
 
     Args:
         device: cpu or cuda.
         rows: rows of h.
         width: values a row, D.
         k: how many of them are kept.
-        alpha: annealing coefficient; mask and scatter are measured in the hard form in any case.
+        alpha: annealing coefficient, of the backends; the others are measured in the hard form.
         dtype: fp64, fp32, bf16 or fp16.
         repeats: turns that count; three before them do not.
         save: append rows to apps/bench/results/operator.csv.
@@ -71,14 +77,16 @@ def measure(
     functions = _functions(h)
     for name in list(functions)[3:]:
         _check_correct(name, functions[name], h, update, gradient, k, alpha)
-    origin = {**_origin(device), "device": device, "dtype": dtype, "rows": rows, "width": width,
+    functions |= _peers_that_run(h, update, k)
+    fields = {**origin(), "device": device, "dtype": dtype, "rows": rows, "width": width,
               "k": k, "alpha": alpha, "repeats": repeats}  # fmt: skip
+    bandwidth = _copy_bandwidth(h, repeats) if h.is_cuda else None
     found = []
-    for with_backward in (False, True):
-        seconds = _in_turns(functions, h, update, gradient, k, alpha, with_backward, repeats)
+    for direction in DIRECTIONS:
+        seconds = _in_turns(functions, h, update, gradient, k, alpha, direction, repeats)
         found += [
-            {**origin, "direction": "forward+backward" if with_backward else "forward", **row}
-            for row in _rows(seconds, list(functions), device)
+            {**fields, "direction": direction, **row}
+            for row in _rows(seconds, list(functions), _bytes(h, direction), bandwidth)
         ]
     _show(found)
     for row in found if save else []:
@@ -98,22 +106,6 @@ def _check(device: str, rows: int, width: int, k: int, dtype: str, repeats: int)
             f"rows={rows}, width={width}, k={k}, repeats={repeats}: give at least one row and one"
             " repeat, and 1 <= k < width"
         )
-
-
-def _origin(device: str) -> dict[str, Any]:
-    made_by = provenance()
-    return {
-        "date": made_by["created_at"], "machine": machine(), "threads": torch.get_num_threads(),
-        "commit": made_by["commit"], "torch": made_by["torch"], "numpy": np.__version__,
-        "triton": _version("triton"),
-    }  # fmt: skip
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _functions(h: Tensor) -> dict[str, Function]:
@@ -173,6 +165,35 @@ def _definition(h: Tensor, update: Tensor, k: int, alpha: float) -> Tensor:
     return topk_sum_definition(h, update, k, alpha, "relu")
 
 
+def _peers_that_run(h: Tensor, update: Tensor, k: int) -> dict[str, Function]:
+    """The kernels of others that give what `torch.topk` gives here; of the rest, why not."""
+    if not h.is_cuda:
+        return {}
+    expected = _scatter(h, update, k, 0.0)
+    found = {}
+    for name, topk in peers().items():
+        function = partial(_by_places, topk)
+        try:
+            y = function(h, update, k, 0.0)
+            # Of ties, each takes its own.
+            wrong = not torch.equal(y.sort(-1).values, expected.sort(-1).values)
+        except Exception as error:  # a stranger's kernel; whatever it is, the others go on
+            first_line = (str(error).splitlines() or [""])[0]
+            print(f"{name} is left out: {type(error).__name__}: {first_line}", file=sys.stderr)
+            continue
+        if wrong:
+            print(f"{name} is left out: its values are not those of torch.topk", file=sys.stderr)
+        else:
+            found[name] = function
+    return found
+
+
+def _by_places(topk, h: Tensor, update: Tensor, k: int, alpha: float) -> Tensor:
+    x = h + update
+    values, places = topk(x, k)
+    return torch.relu(torch.zeros_like(x).scatter(-1, places.long(), values))
+
+
 def _with_gradients(
     function: Function, h: Tensor, update: Tensor, gradient: Tensor, k: int, alpha: float
 ) -> tuple[Tensor, ...]:
@@ -181,40 +202,79 @@ def _with_gradients(
     return (y.detach(), *torch.autograd.grad(y, inputs, gradient))
 
 
+def _work(
+    function: Function, h: Tensor, update: Tensor, gradient: Tensor, k: int, alpha: float,
+    direction: str,
+) -> Callable[[], Any]:  # fmt: skip
+    """What is timed."""
+    if direction == "forward":
+        return lambda: function(h, update, k, alpha)
+    if direction == "forward+backward":
+        return lambda: _with_gradients(function, h, update, gradient, k, alpha)
+    inputs = h.detach().requires_grad_(), update.detach().requires_grad_()
+    y = function(*inputs, k, alpha)
+    return lambda: torch.autograd.grad(y, inputs, gradient, retain_graph=True)
+
+
 def _in_turns(
     functions: dict[str, Function], h: Tensor, update: Tensor, gradient: Tensor, k: int,
-    alpha: float, with_backward: bool, repeats: int,
+    alpha: float, direction: str, repeats: int,
 ) -> np.ndarray:  # fmt: skip
     """Seconds: [repeats, functions]."""
-    seconds = np.empty((WARM_UP + repeats, len(functions)))
-    for turn in range(len(seconds)):
-        for i, function in enumerate(functions.values()):
-            start = _now(h)
-            if with_backward:
-                _with_gradients(function, h, update, gradient, k, alpha)
-            else:
-                function(h, update, k, alpha)
-            seconds[turn, i] = _now(h) - start
-    return seconds[WARM_UP:]
+    work = [
+        _work(function, h, update, gradient, k, alpha, direction) for function in functions.values()
+    ]
+    seconds = [[_seconds(one, h.is_cuda) for one in work] for _ in range(WARM_UP + repeats)]
+    return np.array(seconds[WARM_UP:])
 
 
-def _now(x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _seconds(work: Callable[[], Any], on_gpu: bool) -> float:
+    if not on_gpu:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(CYCLES_AHEAD)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
-def _rows(seconds: np.ndarray, names: list[str], device: str) -> list[dict[str, Any]]:
+def _copy_bandwidth(x: Tensor, repeats: int) -> float:
+    """Bytes a second, read and written, of a copy of x."""
+    out = torch.empty_like(x)
+    seconds = [_seconds(lambda: out.copy_(x), x.is_cuda) for _ in range(WARM_UP + repeats)]
+    return 2 * x.nbytes / float(np.median(seconds[WARM_UP:]))
+
+
+def _bytes(h: Tensor, direction: str) -> float:
+    """What has to be read and written, with a bit a value between forward and backward.
+
+    Forward reads h and update and writes y; backward reads a gradient and writes one, which is
+    that of both.
+    """
+    bits = h.numel() / 8
+    moved = {"forward": 3 * h.nbytes + bits, "backward": 2 * h.nbytes + bits}
+    return moved.get(direction, sum(moved.values()))
+
+
+def _rows(
+    seconds: np.ndarray, names: list[str], n_bytes: float, bandwidth: float | None
+) -> list[dict[str, Any]]:
     ratios = seconds[:, :1] / seconds  # [repeats, functions]
     tenth, median, ninetieth = np.percentile(ratios, (10, 50, 90), axis=0)
-    microseconds = 1e6 * np.median(seconds, axis=0)
+    medians = np.median(seconds, axis=0)
     return [
         {
             "what": name,
             "ratio": round(float(median[i]), 2),
             "ratio_p10": round(float(tenth[i]), 2),
             "ratio_p90": round(float(ninetieth[i]), 2),
-            "microseconds": round(float(microseconds[i]), 1) if device == "cuda" else None,
+            "microseconds": round(float(1e6 * medians[i]), 1) if bandwidth else None,
+            "of_copy": round(float(n_bytes / medians[i] / bandwidth), 3) if bandwidth else None,
+            "copy_gb_s": round(bandwidth / 1e9) if bandwidth else None,
         }
         for i, name in enumerate(names)
     ]
@@ -223,11 +283,12 @@ def _rows(seconds: np.ndarray, names: list[str], device: str) -> list[dict[str, 
 def _show(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     shape = f"{first['rows']:,} rows of {first['width']:,}, k={first['k']}, {first['dtype']}"
-    table = Table("direction", "what", "ratio", "10%", "90%", "us", title=shape)
+    table = Table("direction", "what", "ratio", "10%", "90%", "us", "of copy", title=shape)
     for row in rows:
         values = (row[name] for name in ("ratio", "ratio_p10", "ratio_p90"))
-        time_shown = "" if row["microseconds"] is None else f"{row['microseconds']:,}"
-        table.add_row(row["direction"], row["what"], *(f"{v:.2f}" for v in values), time_shown)
+        on_gpu = row["microseconds"] is not None
+        times = (f"{row['microseconds']:,}", f"{row['of_copy']:.0%}") if on_gpu else ()
+        table.add_row(row["direction"], row["what"], *(f"{v:.2f}" for v in values), *times)
     Console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +22,11 @@ def test_a_row_for_each_and_each_direction(monkeypatch, tmp_path, dtype, alpha):
     run("--save", f"--dtype={dtype}", f"--alpha={alpha}")
     rows = list(csv.DictReader((tmp_path / "operator.csv").open(encoding="utf-8")))
     names = ["topk + mask", "topk + scatter", "plain", "cpu"]
-    assert [row["what"] for row in rows] == names * 2
-    assert [row["direction"] for row in rows] == ["forward"] * 4 + ["forward+backward"] * 4
+    assert [row["what"] for row in rows] == names * 3
+    directions = ("forward", "backward", "forward+backward")
+    assert [row["direction"] for row in rows] == [name for name in directions for _ in names]
     assert {row["commit"] for row in rows} and {row["torch"] for row in rows} == {torch.__version__}
-    assert all(row["microseconds"] == "" for row in rows)  # of a GPU only
+    assert all(row["microseconds"] == row["of_copy"] == "" for row in rows)  # of a GPU only
     assert all(float(row["ratio"]) > 0 for row in rows)
     assert {row["ratio"] for row in rows if row["what"] == "topk + mask"} == {"1.0"}
 
@@ -56,3 +58,45 @@ def test_a_backend_that_is_not_correct_is_not_reported(monkeypatch, tmp_path, wr
 def test_refused_arguments(argument, message):
     with pytest.raises(ConfigError, match=message):
         operator.main([argument])
+
+
+def test_bytes_that_have_to_be_moved():
+    h = torch.zeros(4, 32, dtype=torch.bfloat16)  # 256 bytes, and 16 of bits
+    expected = {"forward": 3 * 256 + 16, "backward": 2 * 256 + 16, "forward+backward": 5 * 256 + 32}
+    assert {name: operator._bytes(h, name) for name in expected} == expected
+
+
+def test_share_of_a_copys_bandwidth():
+    seconds = np.array([[4e-6, 1e-6], [4e-6, 2e-6], [4e-6, 1e-6]])
+    slow, fast = operator._rows(seconds, ["slow", "fast"], n_bytes=800.0, bandwidth=1e9)
+    assert (slow["microseconds"], slow["of_copy"]) == (4.0, 0.2)
+    assert (fast["microseconds"], fast["of_copy"], fast["ratio"]) == (1.0, 0.8, 4.0)
+
+
+def test_a_kernel_of_others_is_a_row_if_it_is_right(monkeypatch, capsys):
+    def broken(x, k):
+        raise ValueError("k is not a power of two\nand more")
+
+    others = {
+        "right": lambda x, k: torch.topk(x, k),
+        "wrong": lambda x, k: torch.topk(x, k, largest=False),
+        "broken": broken,
+    }
+    monkeypatch.setattr(operator, "peers", lambda: others)
+    h, update = torch.randn(2, 8, 32).unbind()
+    found = operator._peers_that_run(_PretendsToBeOnAGPU.of(h), update, 5)
+    assert list(found) == ["right"]
+    torch.testing.assert_close(found["right"](h, update, 5, 0.0), operator._mask(h, update, 5, 0.0))
+    told = capsys.readouterr().err
+    assert "wrong is left out: its values are not those of torch.topk" in told
+    assert "broken is left out: ValueError: k is not a power of two\n" in told
+
+
+class _PretendsToBeOnAGPU(torch.Tensor):
+    @staticmethod
+    def of(x: torch.Tensor) -> torch.Tensor:
+        return x.as_subclass(_PretendsToBeOnAGPU)
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
