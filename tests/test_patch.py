@@ -21,6 +21,7 @@ from lingua.transformer import FeedForward, TransformerBlock
 from lingua_topk import TopKArgs, apply_topk, topk_handle
 from lingua_topk.errors import ConfigError
 from lingua_topk.nn import TopK
+from lingua_topk.ops import backends
 
 N_LAYERS, DIM, HIDDEN, N_HEADS, N_KV_HEADS = 4, 32, 96, 4, 2
 MODEL = LMTransformerArgs(
@@ -484,6 +485,29 @@ def test_a_moving_alpha_does_not_recompile_the_model(site):
     torch._dynamo.reset()
     # One for alpha = 1, one for what lies between, and one for alpha = 0.
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_backend_trains_the_model_alike(site, dtype):
+    def losses(backend: str) -> list[float]:
+        model = build(dtype=dtype)
+        handle = apply_topk(model, TopKArgs(k=5, n_last_nontopk=1, site=site))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        found = []
+        with backends.use(backend):
+            for step in range(8):
+                handle.alpha = max(0.0, 1 - step / 4)
+                optimizer.zero_grad()
+                loss = model(TOKENS.roll(step, 0), TOKENS.roll(step, 0).roll(1))
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+        return found
+
+    expected = losses("plain")
+    assert len(set(expected)) == 8
+    assert losses("cpu") == expected
 
 
 @pytest.fixture
