@@ -1,5 +1,6 @@
 """The TopK module: the operator with its settings, in the place where a model calls it."""
 
+import torch
 from torch import Tensor, nn
 
 from lingua_topk.ops import topk, topk_sum
@@ -25,13 +26,18 @@ class TopK(nn.Module):
         self.alpha = float(check_alpha(alpha))
         self.stats: FiringStats | None = None
 
-    def forward(self, h: Tensor, update: Tensor | None = None) -> Tensor:
-        """h, update and the result: [..., D], one floating dtype.
+    def forward(
+        self, h: Tensor, update: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """h, update and the result: [..., D], floating dtypes; the result's is `dtype` if given.
 
-        The sum is taken here, beside the selection, so that both can become one kernel.
+        The sum is taken here, beside the selection, so that both can become one kernel; of half
+        precision it is selected on in float32. Whoever takes it outside, to change it, hands it
+        over in float32 and names the dtype of the stream.
         """
         arguments = (self.k, self.alpha, self.activation)
         y = topk(h, *arguments) if update is None else topk_sum(h, update, *arguments)
+        y = y if dtype is None else y.to(dtype)
         if self.stats is not None:
             self.stats.update(y)
         return y

@@ -101,8 +101,19 @@ class TopKLMTopK(nn.Module):
         self.activation = config.topk_activation
         self.alpha = config.topk_alpha
 
-    def forward(self, x: Tensor) -> Tensor:
-        return topk(x, self.k, self.activation, self.alpha)
+    def forward(
+        self, h: Tensor, update: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """TopK of h, or of h + update: [..., D]. The result is of `dtype` if given.
+
+        Of half precision the sum is taken, and selected on, in float32, as in training: rounded,
+        sums would tie, and ties are all kept.
+        """
+        if update is not None:
+            dtype = dtype or torch.promote_types(h.dtype, update.dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            h = h.to(wide) + update.to(wide)
+        return topk(h, self.k, self.activation, self.alpha).to(dtype or h.dtype)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, activation={self.activation}, alpha={self.alpha}"
@@ -144,10 +155,14 @@ class TopKLMDecoderLayer(LlamaDecoderLayer):
             else:
                 self.mlp.act_fn = TopKLMTopK(config)
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states and the result: [B, S, D]; the rest as LlamaDecoderLayer takes it."""
-        hidden_states = super().forward(hidden_states, *args, **kwargs)
-        return hidden_states if self.topk is None else self.topk(hidden_states)
+        if self.topk is None:
+            return super().forward(hidden_states, **kwargs)
+        # Llama's own block would add the last part before TopK sees it.
+        attended = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states = hidden_states + attended
+        return self.topk(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 class TopKLMPreTrainedModel(LlamaPreTrainedModel):

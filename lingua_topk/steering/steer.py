@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lingua_topk.errors import ConfigError
+from lingua_topk.ops.definition import wide_sum
 from lingua_topk.steering.interventions import Intervention
 from lingua_topk.steering.places import current
 from lingua_topk.steering.sharing import shared
@@ -84,9 +85,12 @@ def _hooked(site: Site, interventions: list[Intervention]) -> Iterator[Any]:
 
 
 def _edit_input(interventions: list[Intervention], module: nn.Module, inputs: tuple) -> tuple:
-    """The one input of TopK: the residual stream, with what is added to it."""
-    x = inputs[0] if len(inputs) == 1 or inputs[1] is None else inputs[0] + inputs[1]
-    return (_edited(x, interventions),)
+    """The input of TopK: the residual stream, with what is added to it, as it is selected on."""
+    h, update, *_ = *inputs, None
+    if update is None:
+        return _edited(h, interventions), *inputs[1:]
+    x = _edited(wide_sum(h, update), interventions)
+    return x, None, torch.promote_types(h.dtype, update.dtype)
 
 
 def _edit_output(

@@ -13,7 +13,8 @@ from lingua_topk import TopKArgs, topk_handle
 from lingua_topk.errors import CheckpointError, ConfigError
 from lingua_topk.hf import TopKLMConfig, TopKLMForCausalLM, register
 from lingua_topk.hf.convert import from_hf_weights, to_halves, to_hf_config, to_hf_weights, to_pairs
-from lingua_topk.hf.modeling_topk_lm import topk
+from lingua_topk.hf.modeling_topk_lm import TopKLMTopK, topk
+from lingua_topk.ops.definition import topk_sum_definition
 
 VOCAB = 101
 SHAPES = {
@@ -199,6 +200,19 @@ def test_registered_classes_load_without_remote_code(tmp_path):
     x = tokens()
     with torch.no_grad():
         assert torch.equal(loaded(x).logits, theirs(x).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_a_block_selects_on_the_sum_as_in_training(dtype, alpha):
+    generator = torch.Generator().manual_seed(0)
+    h, update = torch.randn(2, 64, 256, generator=generator).to(dtype).unbind()
+    config = TopKLMConfig(topk_k=32, topk_alpha=alpha, hidden_size=256)
+    y = TopKLMTopK(config)(h, update)
+    assert y.dtype == dtype
+    assert torch.equal(y, topk_sum_definition(h, update, 32, alpha, "relu"))
+    if dtype == torch.bfloat16:  # the sum as Llama's block takes it would keep others
+        assert not torch.equal(y, topk_sum_definition(h + update, 0 * h, 32, alpha, "relu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

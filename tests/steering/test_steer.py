@@ -1,5 +1,6 @@
 """steer() in single forward passes, against a model that is written out in plain torch."""
 
+import copy
 import json
 import math
 from fractions import Fraction
@@ -145,6 +146,24 @@ def test_what_changes_nothing_changes_no_bit(residual, make, before_selection):
         handle.remove()
     bits = [one.view(torch.int64) for one in (plain, found, *seen)]
     assert torch.equal(bits[0], bits[1]) and torch.equal(bits[2], bits[3])
+
+
+@pytest.mark.parametrize("of_transformers", [False, True], ids=["ours", "of transformers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_the_sum_that_is_selected_on_is_the_same(
+    residual, dtype, of_transformers
+):
+    def logits_of(model):
+        found = model(TOKENS)
+        return found.logits if of_transformers else found
+
+    model = (exported(residual) if of_transformers else copy.deepcopy(residual)).to(dtype)
+    one = Add(1, (3, 4), 0.0, before_selection=True)
+    with torch.no_grad():
+        plain = logits_of(model)
+        with steer(model, [one]):
+            found = logits_of(model)
+    assert found.dtype == plain.dtype == dtype and torch.equal(found, plain)
 
 
 def test_a_negative_zero_stays_one():
