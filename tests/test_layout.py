@@ -32,6 +32,7 @@ RANK = {
     "nn": 2,
     "patch": 3,
     "__init__": 4,
+    "sparse": 5,
     "analysis": 5,
     "hf": 5,
     "report": 5,

@@ -6,6 +6,7 @@ batch is prompts of different lengths, each with its own positions and its own d
 of one does not depend on the others, but for the rounding of the matrix products.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apps.topk.decoding import DecodingStep
 from apps.topk.inference import KVCache, hidden_states, visible, window_of
 from apps.topk.sampling import NO_NUMBERS, Sampling, next_tokens, row_generator
 from apps.topk.stopping import TextStream
+from lingua_topk import topk_handle
 from lingua_topk.errors import CheckpointError, ConfigError
+from lingua_topk.sparse import SparseDecoding
+
+logger = logging.getLogger(__name__)
 
 # Slots of the cache, of all rows of a batch together.
 BATCH_TOKENS = 2**14
 # Elements of the mask of a piece of the prompts.
 MASK_ELEMENTS = 2**24
+# Steps with one token a row that sparse decoding begins to pay with: to lay out the weights of a
+# block for it takes as long as about 25 dense products with them (D = 2048, fp32, on a CPU).
+SPARSE_FROM = 32
 
 OnText = Callable[[int, str], None]
 
@@ -72,6 +81,12 @@ class Generator:
         add_bos: begin every prompt with bos, where the tokenizer has one.
         use_cache: keep keys and values; without, every token reads the whole text again, which is
             slow, and plainly what is meant.
+        sparse: where a model has TopK, generated tokens read only those weights behind it that
+            are needed, if that is faster: see `lingua_topk.sparse.SparseDecoding`, memory too.
+            It changes nothing but the rounding of a sum.
+
+    Attributes:
+        sparse_from: steps that a call must be able to take, for it to decode sparsely.
     """
 
     def __init__(
@@ -81,6 +96,7 @@ class Generator:
         batch_tokens: int = BATCH_TOKENS,
         add_bos: bool = True,
         use_cache: bool = True,
+        sparse: bool = True,
     ):
         if batch_tokens < 1:
             raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
@@ -90,6 +106,8 @@ class Generator:
         self.add_bos = add_bos and _special(tokenizer, "bos_id") is not None
         self.eos_id = _special(tokenizer, "eos_id")
         self.use_cache = use_cache
+        self.sparse_from = SPARSE_FROM
+        self._sparse = _sparse_decoding(model) if sparse and use_cache else None
 
     def generate(
         self,
@@ -137,12 +155,14 @@ class Generator:
         for index, prompt in enumerate(ids):
             self.check(prompt, index)
         results: dict[int, Generation] = {}
-        for indices, slots in self._batches(list(map(len, ids)), sampling.max_tokens):
+        batches = list(self._batches(list(map(len, ids)), sampling.max_tokens))
+        pays = len(batches) * sampling.max_tokens >= self.sparse_from
+        for indices, slots in batches:
             batch = [
                 self._row(index, texts[index], ids[index], sampling, draws[index])
                 for index in indices
             ]
-            for row, piece in self._run(batch, slots, sampling):
+            for row, piece in self._run(batch, slots, sampling, self._sparse if pays else None):
                 if piece and on_text is not None:
                     on_text(row.index, piece)
                 if row.reason:
@@ -188,11 +208,13 @@ class Generator:
             yield todo[:size], slots
             todo = todo[size:]
 
-    def _run(self, rows: list[_Row], slots: int, sampling: Sampling) -> Iterator[tuple[_Row, str]]:
+    def _run(
+        self, rows: list[_Row], slots: int, sampling: Sampling, sparse: SparseDecoding | None
+    ) -> Iterator[tuple[_Row, str]]:
         """Every row with a piece of its text, again and again; the last time with its reason."""
         allowed = self._allowed(sampling.ignore_eos)  # bool [V]
         cache = KVCache(len(self.model.layers), slots) if self.use_cache else None
-        h = self._read_texts(rows, cache)  # [B, D]
+        h, step = self._read_texts(rows, cache), None  # [B, D]
         while True:
             logits = self.model.output(h)  # [B, V]
             tokens = next_tokens(logits, allowed, sampling, [row.draws for row in rows])
@@ -205,7 +227,12 @@ class Generator:
                 rows = [rows[place] for place in kept]
                 if cache is not None:
                     cache.keep_rows(self._tensor(kept))
-            h = self._read_texts(rows, None) if cache is None else self._read_last(rows, cache)
+                    step = None
+            if cache is None:
+                h = self._read_texts(rows, None)
+                continue
+            step = step or DecodingStep(self.model, cache, *self._places(rows), sparse)
+            h = step.run([row.tokens[-1] for row in rows], [len(row) - 1 for row in rows])
 
     def _take(self, row: _Row, token: int, sampling: Sampling) -> str:
         """Give a row its next token, and its reason if that was the last; the new text."""
@@ -253,21 +280,19 @@ class Generator:
             last[found.any(dim=1)] = h[found]
         return last
 
-    def _read_last(self, rows: list[_Row], cache: KVCache) -> Tensor:
-        """Read the token that each row was given last; its hidden state, [B, D]."""
-        tokens = self._tensor([[row.tokens[-1]] for row in rows])  # [B, 1]
-        positions = self._tensor([[len(row) - 1] for row in rows])
-        return self._hidden_states(rows, tokens, positions, cache)[:, 0]
-
     def _hidden_states(
         self, rows: list[_Row], tokens: Tensor, positions: Tensor, cache: KVCache | None
     ) -> Tensor:
         """Of tokens [B, S] at `positions`, [B, S] or the same for all, [1, S]: [B, S, D]."""
         return hidden_states(
             self.model, tokens, positions.expand_as(tokens), self._mask(positions), cache,
-            prompt_lengths=self._tensor([len(row.ids) for row in rows]),
-            texts=self._tensor([row.index for row in rows]),
+            *self._places(rows),
         )  # fmt: skip
+
+    def _places(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+        """How long their prompts are, and which texts they are: int64 [B] each."""
+        lengths = self._tensor([len(row.ids) for row in rows])
+        return lengths, self._tensor([row.index for row in rows])
 
     def _mask(self, positions: Tensor) -> Tensor:
         """Which slots of the cache tokens at `positions` [B, S] see: bool [B, S, T]."""
@@ -292,6 +317,15 @@ class Generator:
 
     def _tensor(self, numbers: list) -> Tensor:
         return torch.tensor(numbers, device=self._device)
+
+
+def _sparse_decoding(model: nn.Module) -> SparseDecoding | None:
+    """None for a model that has no TopK, or is not known: it decodes densely, as it says."""
+    try:
+        return None if topk_handle(model) is None else SparseDecoding(model)
+    except ConfigError as error:
+        logger.info("no sparse decoding: %s", error)
+        return None
 
 
 def _special(tokenizer: Any, name: str) -> int | None:

@@ -33,6 +33,7 @@ class KVCache:
         self.length = length
         self._keys: list[Tensor | None] = [None] * n_layers  # [B, length, Hk, E]
         self._values: list[Tensor | None] = [None] * n_layers
+        self._rows: Tensor | None = None  # int64 [B, 1]
 
     def update(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor
@@ -42,15 +43,17 @@ class KVCache:
             shape = (keys.shape[0], self.length, *keys.shape[2:])
             self._keys[layer] = keys.new_zeros(shape)
             self._values[layer] = values.new_zeros(shape)
-        rows = torch.arange(len(positions), device=positions.device)[:, None]  # [B, 1]
-        self._keys[layer][rows, positions] = keys
-        self._values[layer][rows, positions] = values
+        if self._rows is None:
+            self._rows = torch.arange(len(positions), device=positions.device)[:, None]  # [B, 1]
+        self._keys[layer][self._rows, positions] = keys
+        self._values[layer][self._rows, positions] = values
         return self._keys[layer], self._values[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but these; rows: int64 indices, in the order they have afterwards."""
         for held in (self._keys, self._values):
             held[:] = [None if one is None else one[rows] for one in held]
+        self._rows = None
 
 
 def window_of(model: nn.Module) -> int | None:
@@ -90,12 +93,21 @@ def hidden_states(
     """
     freqs = model.rope_embeddings(tok_idx=positions.flatten())  # [B S, E / 2, 2, 2]
     h = model.tok_embeddings(tokens)  # [B, S, D]
-    mask = mask if isinstance(mask, str) else mask[:, None]  # for all heads
+    mask = mask if isinstance(mask, str) else _added(mask, h.dtype)
     places = Places(positions, prompt_lengths, texts)
     with _attention_replaced(model, positions, cache), reading(places):
         for block in model.layers:
             h = block(h, freqs, tok_idx=None, mask=mask, attn_impl="sdpa")
     return model.norm(h)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask bool [B, S, T] as what is added to the scores of all heads, [B, 1, S, T].
+
+    Attention would make the same of it, in every block anew.
+    """
+    hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return hidden.masked_fill_(~mask, -torch.inf)[:, None]
 
 
 @contextmanager
@@ -134,10 +146,30 @@ def _attend(
     xq, xk = (one[0].unflatten(0, x.shape[:2]) for one in apply_rotary_emb(*flat, 1, freq_cis))
     if cache is not None:
         xk, xv = (one[:, : mask.shape[-1]] for one in cache.update(layer, xk, xv, positions))
-    xk, xv = (repeat_kv(one, attention.heads_per_group, dim=2) for one in (xk, xv))
+    if x.shape[1] == 1 and cache is not None:
+        out = _attend_one(xq, xk, xv, mask)
+    else:
+        out = _attend_all(xq, xk, xv, mask, attention.heads_per_group)
+    return attention.wo(out.flatten(-2))
+
+
+def _attend_all(xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | str, per_group: int) -> Tensor:
+    """Attention of [B, S, Hq, E] over [B, T, Hk, E]: [B, S, Hq, E]."""
+    xk, xv = (repeat_kv(one, per_group, dim=2) for one in (xk, xv))
     xq, xk, xv = (one.transpose(1, 2) for one in (xq, xk, xv))  # [B, H, S or T, E]
     causal = isinstance(mask, str)
     out = F.scaled_dot_product_attention(
         xq, xk, xv, is_causal=causal, attn_mask=None if causal else mask
     )
-    return attention.wo(out.transpose(1, 2).flatten(-2))
+    return out.transpose(1, 2)
+
+
+def _attend_one(xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor) -> Tensor:
+    """The same of one token a row: the heads of a group are queries of the one head they share.
+
+    So that the whole cache need not be copied for each of them, at every token.
+    """
+    grouped = xq.unflatten(2, (xk.shape[2], -1))[:, 0]  # [B, Hk, Hq / Hk, E]
+    xk, xv = xk.transpose(1, 2), xv.transpose(1, 2)  # [B, Hk, T, E]
+    out = F.scaled_dot_product_attention(grouped, xk, xv, attn_mask=mask)
+    return out.flatten(1, 2)[:, None]  # [B, 1, Hq, E]

@@ -91,6 +91,22 @@ def test_a_single_text_is_shown_with_its_prompt(runs, capsys):
     assert capsys.readouterr().out == out
 
 
+def test_sparse_decoding_can_be_turned_off(runs, capsys, monkeypatch):
+    seen, own = [], Generator.__init__
+
+    def noting(self, *arguments, **more):
+        own(self, *arguments, **more)
+        seen.append(self._sparse)
+
+    monkeypatch.setattr(Generator, "__init__", noting)
+    arguments = ("--ckpt", runs / "topk", "--prompt", "The quick", "--max_tokens", 40)
+    run(*arguments, "--dtype", "fp64")
+    run(*arguments, "--dtype", "fp64", "--sparse", "False")
+    out = capsys.readouterr().out
+    assert out == 2 * out[: len(out) // 2]
+    assert seen[0].layers and seen[1] is None
+
+
 def test_several_prompts_and_completions(runs, capsys, tmp_path):
     arguments = ("--ckpt", runs / "topk", "--prompt", "A,b", "--prompt", "--prompt", "--prompt=x")
     with pytest.raises(ConfigError, match="--prompt needs a value"):
