@@ -8,7 +8,9 @@ python="$venv/bin/python"
 constraints=".pins/constraints.txt"
 
 # How the suite runs: two worker processes, one thread each; `./setup.sh test -n 0` has no workers.
-test_flags=(-n 2 --dist worksteal)
+# A file's tests stay together, and so have its models trained once; the files stay in their order,
+# at whose end are short ones.
+test_flags=(-n 2 --dist loadfile --no-loadscope-reorder)
 test_threads=1
 
 usage() {

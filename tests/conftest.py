@@ -1,5 +1,6 @@
 """The suite runs on the embedded host; tests/host_contract starts others in subprocesses."""
 
+import gc
 import logging
 import os
 import signal
@@ -27,6 +28,15 @@ def undisturbed():
         signal.signal(number, handler)
     root.handlers[:] = handlers
     root.setLevel(logging.WARNING)
+
+
+def pytest_collection_finish(session):
+    """What is imported and collected stays to the end: no collection of garbage looks at it again.
+
+    Each of the many trainings in this process collects several times.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

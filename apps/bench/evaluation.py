@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,10 +16,11 @@ from apps.bench.rows import RESULTS, append, machine
 from apps.topk import cli, export
 from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.corpus import flags
-from apps.topk.evaluation.adapter import HarnessModel
 from apps.topk.provenance import provenance
 from lingua_topk.errors import ConfigError
-from lingua_topk.hf import register
+
+if TYPE_CHECKING:
+    from apps.topk.evaluation.adapter import HarnessModel  # with lm-eval, which takes seconds
 
 PROGRAM = "apps.bench.evaluation"
 EXAMPLE = "--ckpt DIR --tasks FOLDER"
@@ -87,7 +88,9 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _ours(checkpoint: Checkpoint, dtype: torch.dtype, batch: int) -> HarnessModel:
+def _ours(checkpoint: Checkpoint, dtype: torch.dtype, batch: int) -> "HarnessModel":
+    from apps.topk.evaluation.adapter import HarnessModel
+
     window = checkpoint.model_args.max_seqlen
     model = checkpoint.model(_device(), dtype)
     return HarnessModel(model, checkpoint.tokenizer(), window, batch * window)
@@ -101,6 +104,8 @@ def _hflm(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, batch: int):
             f"HFLM cannot be imported ({error}): install the extra dev, which has what it needs"
         ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lingua_topk.hf import register
 
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(_device())
@@ -142,7 +147,7 @@ def _seconds(run: Callable[..., Any], instances: list[Any]) -> float:
     return time.perf_counter() - start
 
 
-def _tokens(model: HarnessModel, texts: tuple[str, ...]) -> int:
+def _tokens(model: "HarnessModel", texts: tuple[str, ...]) -> int:
     return len(model.tok_encode("".join(texts)))
 
 

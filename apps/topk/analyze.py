@@ -3,19 +3,15 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from apps.topk import cli
-from apps.topk.checkpoint import Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
-from apps.topk.devices import device_of
-from apps.topk.neurons import arguments
-from apps.topk.neurons.analysis import Analysis
-from apps.topk.neurons.comparison import tables
-from apps.topk.neurons.corpus import rows_of_corpus
-from apps.topk.neurons.measures import Settings
+from apps.topk.neurons.settings import Settings
 from lingua_topk.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.checkpoint import Checkpoint
 
 PROGRAM = "apps.topk.analyze"
 EXAMPLE = "--ckpt DUMP_DIR --twin TWIN_DUMP_DIR"
@@ -98,6 +94,16 @@ def analyze(
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
     that cannot be used, DataError for text or vectors that cannot.
     """
+    # With torch and matplotlib, which take seconds that --help does not.
+    from rich.console import Console
+
+    from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+    from apps.topk.devices import device_of
+    from apps.topk.neurons import arguments
+    from apps.topk.neurons.analysis import Analysis
+    from apps.topk.neurons.comparison import tables
+    from apps.topk.neurons.corpus import rows_of_corpus
+
     settings = Settings(threshold, min_words, max_words, contexts, context_tokens, seed)
     arguments.check(settings, dtype, batch_tokens, row_length)
     if k < -1:
@@ -125,7 +131,7 @@ def analyze(
     print(f"written: {analysis.out} (python -m apps.topk.report makes a page of it)")
 
 
-def check_twin(checkpoint: Checkpoint, twin: Checkpoint) -> None:
+def check_twin(checkpoint: "Checkpoint", twin: "Checkpoint") -> None:
     """CheckpointError where the neurons of the two cannot be compared one layer with another."""
     ours, theirs = (
         {**one.describe(), "step": one.step, "max_seqlen": one.model_args.max_seqlen}

@@ -5,12 +5,15 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apps.topk import cli
-from apps.topk.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from apps.topk.corpus import flags
 from apps.topk.corpus.output import publish
 from lingua_topk.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.checkpoint import Checkpoint
 
 PROGRAM = "apps.topk.export"
 EXAMPLE = "--ckpt DUMP_DIR/checkpoints/0000001000 --out hf/mine"
@@ -53,13 +56,15 @@ def export(
             f"ckpt={ckpt!r} and from_hf={from_hf!r}: give one of them, --ckpt to export and"
             " --from_hf to import"
         )
+    folder = _new_folder(out)
+    from apps.topk.checkpoint import DTYPES, open_checkpoint  # with torch, which takes seconds
+
     if dtype not in ("", *DTYPES):
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    folder = _new_folder(out)
     checkpoint = open_checkpoint(ckpt) if ckpt else None
     if checkpoint:
         _check_annealed(checkpoint, as_trained)
-    from apps.topk import hf_folder  # transformers takes seconds to import
+    from apps.topk import hf_folder  # with transformers, which takes more
 
     def fill(new: Path) -> None:
         if checkpoint:
@@ -80,7 +85,7 @@ def _new_folder(out: str) -> Path:
     return folder
 
 
-def _check_annealed(checkpoint: Checkpoint, as_trained: bool) -> None:
+def _check_annealed(checkpoint: "Checkpoint", as_trained: bool) -> None:
     if checkpoint.alpha > 0 and not as_trained:
         raise CheckpointError(
             f"ckpt={str(checkpoint.folder)!r} lies inside the annealing phase (alpha"

@@ -4,19 +4,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from apps.topk import cli, result_lines, terminal
-from apps.topk.checkpoint import DTYPES, Checkpoint, checkpoint_folder, open_checkpoint
+from apps.topk import cli, result_lines
 from apps.topk.corpus import flags, progress
-from apps.topk.devices import device_of
-from apps.topk.generation import BATCH_TOKENS, Generation, Generator
+from apps.topk.defaults import BATCH_TOKENS
 from apps.topk.prompts import read_prompts
 from apps.topk.provenance import provenance
-from apps.topk.sampling import Sampling
 from lingua_topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from apps.topk.checkpoint import Checkpoint
+    from apps.topk.generation import Generation, Generator
+    from apps.topk.sampling import Sampling
 
 PROGRAM = "apps.topk.generate"
 EXAMPLE = "--ckpt DUMP_DIR --prompt 'The file is'"
@@ -93,11 +95,21 @@ def generate(
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
     that cannot be used.
     """
+    import torch  # which takes seconds, as what stands on it does
+
+    from apps.topk.checkpoint import DTYPES, checkpoint_folder, open_checkpoint
+    from apps.topk.devices import device_of
+    from apps.topk.generation import Generator
+    from apps.topk.sampling import Sampling
+
     sampling = Sampling(
         max_tokens, temperature, top_p, top_k, seed, tuple(_listed(stop)), ignore_eos
     )
     sampling.check_completions(num)
-    _check(dtype, batch_tokens)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
     place = device_of(device)
     texts = read_prompts(_listed(prompt), prompts)
     if json and texts is None:
@@ -131,20 +143,17 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _check(dtype: str, batch_tokens: int) -> None:
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    if batch_tokens < 1:
-        raise ConfigError(f"batch_tokens={batch_tokens} is not allowed: give at least 1")
-
-
-def _converse(generator: Generator, sampling: Sampling, num: int) -> None:
+def _converse(generator: "Generator", sampling: "Sampling", num: int) -> None:
     if num > 1:
         raise ConfigError(f"num={num} needs prompts: give --prompt or --prompts")
+    from apps.topk import terminal
+
     terminal.converse(generator, sampling)
 
 
-def _stream(generator: Generator, sampling: Sampling, prompt: str) -> None:
+def _stream(generator: "Generator", sampling: "Sampling", prompt: str) -> None:
+    from apps.topk import terminal
+
     generator.check(generator.encode(prompt))
     terminal.write(prompt)
     try:
@@ -153,13 +162,15 @@ def _stream(generator: Generator, sampling: Sampling, prompt: str) -> None:
         print(flush=True)
 
 
-def _batch(generator: Generator, sampling: Sampling, prompts: list[str]) -> list[Generation]:
+def _batch(generator: "Generator", sampling: "Sampling", prompts: list[str]) -> list["Generation"]:
     with progress.bar("generating", len(prompts), "text") as shown:
         return generator.generate(prompts, sampling, on_done=lambda *_: shown.update())
 
 
-def _show(results: list[Generation], n_prompts: int) -> None:
+def _show(results: list["Generation"], n_prompts: int) -> None:
     """The texts of every prompt in turn, each below a line that says which one it is."""
+    from apps.topk import terminal
+
     num = len(results) // n_prompts
     for index, completion, one in _in_turn(results, n_prompts):
         which = f"prompt {index + 1} of {n_prompts}"
@@ -169,7 +180,7 @@ def _show(results: list[Generation], n_prompts: int) -> None:
 
 
 def _origin(
-    checkpoint: Checkpoint, sampling: Sampling, dtype: str, device: torch.device
+    checkpoint: "Checkpoint", sampling: "Sampling", dtype: str, device: "torch.device"
 ) -> dict[str, Any]:
     return provenance(
         ckpt=str(checkpoint.folder), step=checkpoint.step, sampling=asdict(sampling), dtype=dtype,
@@ -177,7 +188,7 @@ def _origin(
     )  # fmt: skip
 
 
-def _write(out: Path, results: list[Generation], n_prompts: int, origin: dict[str, Any]) -> None:
+def _write(out: Path, results: list["Generation"], n_prompts: int, origin: dict[str, Any]) -> None:
     lines = (
         {"index": index, "completion": completion, **asdict(one)}
         for index, completion, one in _in_turn(results, n_prompts)
@@ -185,7 +196,9 @@ def _write(out: Path, results: list[Generation], n_prompts: int, origin: dict[st
     print(f"written: {out} ({result_lines.write(out, lines, origin)} texts)")
 
 
-def _in_turn(results: list[Generation], n_prompts: int) -> Iterator[tuple[int, int, Generation]]:
+def _in_turn(
+    results: list["Generation"], n_prompts: int
+) -> Iterator[tuple[int, int, "Generation"]]:
     """Index of the prompt, completion and result, those of a prompt together."""
     for index in range(n_prompts):
         for completion, one in enumerate(results[index::n_prompts]):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.topk.decoding import DecodingStep
+from apps.topk.defaults import BATCH_TOKENS
 from apps.topk.inference import KVCache, hidden_states, visible, window_of
 from apps.topk.sampling import NO_NUMBERS, Sampling, next_tokens, row_generator
 from apps.topk.stopping import TextStream
@@ -24,8 +25,6 @@ from lingua_topk.sparse import SparseDecoding
 
 logger = logging.getLogger(__name__)
 
-# Slots of the cache, of all rows of a batch together.
-BATCH_TOKENS = 2**14
 # Elements of the mask of a piece of the prompts.
 MASK_ELEMENTS = 2**24
 # Steps with one token a row that sparse decoding begins to pay with: to lay out the weights of a

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from apps.main.transformer import get_num_flop_per_token
 from apps.topk import cli
-from apps.topk.model import TopKTrainArgs, TopKTransformer
-from lingua.tokenizer import build_tokenizer
 from lingua_topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.model import TopKTrainArgs, TopKTransformer
 
 PROGRAM = "apps.topk.plan"
 GIB = 1024**3
@@ -90,6 +90,8 @@ def _main(argv: list[str]) -> None:
     rest = [a for a in argv if not a.startswith(names)]
     machine = cli.merge(Machine, (cli.dot_list(own), "the command line"))
     _check(machine)
+    from apps.topk.model import TopKTrainArgs  # with torch, which takes seconds
+
     args = cli.read_config(TopKTrainArgs, PROGRAM, "", argv=rest)
     for name, value in (
         ("steps", args.steps),
@@ -126,7 +128,7 @@ def _check(machine: Machine) -> None:
             raise ConfigError(f"{name}={getattr(machine, name)} is not allowed: give {allowed}")
 
 
-def plan(args: TopKTrainArgs, machine: Machine) -> Plan:
+def plan(args: "TopKTrainArgs", machine: Machine) -> Plan:
     """The numbers of a run.
 
     Parameters N are counted on the model itself. FLOPs a token are the host's: 6 N without
@@ -135,6 +137,11 @@ def plan(args: TopKTrainArgs, machine: Machine) -> Plan:
     gradients 4 N / G in fp32 (ZeRO stage 3, arXiv 1910.02054); the weights gathered for a
     step, which are not freed after the forward, b N.
     """
+    import torch
+
+    from apps.main.transformer import get_num_flop_per_token
+    from apps.topk.model import TopKTransformer
+
     args.model.vocab_size = _vocab_size(args, machine)
     args.model.max_seqlen = args.data.seq_len
     with torch.device("meta"):
@@ -175,7 +182,7 @@ def plan(args: TopKTrainArgs, machine: Machine) -> Plan:
     )
 
 
-def activation_bytes_a_token(model: TopKTransformer, b: int) -> float:
+def activation_bytes_a_token(model: "TopKTransformer", b: int) -> float:
     """What the blocks keep of a token for the backward pass, with b bytes a number.
 
     In the manner of Korthikanti et al. (arXiv 2205.05198), for this block, attention fused:
@@ -200,7 +207,9 @@ def logit_bytes_a_token(vocab_size: int, b: int) -> int:
     return vocab_size * (2 * b + 2 * 4)
 
 
-def _vocab_size(args: TopKTrainArgs, machine: Machine) -> int:
+def _vocab_size(args: "TopKTrainArgs", machine: Machine) -> int:
+    from lingua.tokenizer import build_tokenizer
+
     if machine.vocab_size or args.model.vocab_size > 0:
         return machine.vocab_size or args.model.vocab_size
     tokenizer = args.data.tokenizer

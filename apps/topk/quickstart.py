@@ -11,28 +11,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from apps.topk import cli, side_by_side, train
+from apps.topk import cli, side_by_side
 from apps.topk.analyze import FOLDER as NEURONS
 from apps.topk.analyze import analyze
-from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.comparison import compare
 from apps.topk.corpus.python_docs import PythonDocs
-from apps.topk.model import TopKTrainArgs
-from apps.topk.neurons import folder as neuron_files
-from apps.topk.neurons.listing import describe
 from apps.topk.prepare import prepare
 from apps.topk.provenance import write_text
 from apps.topk.report import report
 from apps.topk.steer_eval import steer_eval
-from apps.topk.steering.shown_example import show_example
 from apps.topk.tasks import make_tasks
-from lingua.optim import build_lr_fn
 from lingua_topk.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from apps.topk.model import TopKTrainArgs
 
 PROGRAM = "apps.topk.quickstart"
 CONFIG = "configs/quickstart.yaml"
@@ -74,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return
+    from apps.topk.checkpoint import newest_checkpoint, open_checkpoint  # with torch: seconds
+
     overrides, dump_dir = _without_dump_dir(argv)
     args = _checked(overrides, dump_dir)
     root_dir = Path(args.data.root_dir or "")
@@ -98,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _read_neurons(dump_dir: Path) -> None:
     """What the neurons of both fire on, and the page that shows it."""
+    from apps.topk.neurons import folder as neuron_files
+    from apps.topk.neurons.listing import describe
+
     print("\nreading the neurons of both, and of controls", flush=True)
     topk, twin = (str(dump_dir / name) for name in RUNS)
     analyze(ckpt=topk, twin=twin, quiet=True)
@@ -114,13 +116,15 @@ def _steer(dump_dir: Path) -> None:
     except DataError as error:  # a model that is hardly trained has no neuron told by its words
         print(f"nothing to steer: {error}")
     else:
+        from apps.topk.steering.shown_example import show_example
+
         print()
         show_example(Console(highlight=False), content)
     print()
     report(run=topk, out=str(dump_dir / REPORT))
 
 
-def _harness(args: TopKTrainArgs, root_dir: Path) -> list[str]:
+def _harness(args: "TopKTrainArgs", root_dir: Path) -> list[str]:
     """The keys that evaluate on tasks made of the held-out text of the first source."""
     source = next(iter(args.data.sources))
     made = make_tasks(
@@ -140,11 +144,15 @@ def _without_dump_dir(argv: Sequence[str]) -> tuple[list[str], Path]:
     return [a for a in argv if not a.startswith("dump_dir=")], Path((given or [DUMP_DIR])[-1])
 
 
-def _checked(overrides: list[str], dump_dir: Path) -> TopKTrainArgs:
+def _checked(overrides: list[str], dump_dir: Path) -> "TopKTrainArgs":
     """The config of the TopK run. What is wrong with it is found before the first work.
 
     Also where a run is there already, with another config: nothing of it would take effect.
     """
+    from apps.topk import train
+    from apps.topk.model import TopKTrainArgs
+    from lingua.optim import build_lr_fn
+
     args = cli.read_config(TopKTrainArgs, PROGRAM, "", argv=[f"config={CONFIG}", *overrides])
     if args.model.topk is None or args.eval is None:
         raise ConfigError("model.topk and eval cannot be null here: the quickstart compares both")
@@ -159,7 +167,7 @@ def _checked(overrides: list[str], dump_dir: Path) -> TopKTrainArgs:
     return args
 
 
-def _check_same_run(folder: Path, args: TopKTrainArgs) -> None:
+def _check_same_run(folder: Path, args: "TopKTrainArgs") -> None:
     path = folder / "config.yaml"
     if not path.is_file():
         return
@@ -206,8 +214,10 @@ def _prepare(root_dir: Path) -> None:
 
 def _training(name: str, overrides: list[str], dump_dir: Path) -> list[str]:
     """The words that train one of the runs."""
+    from apps.topk.train import PROGRAM as TRAIN
+
     here = [f"name={name}", f"dump_dir={dump_dir / name}"]
-    return [train.PROGRAM, f"config={CONFIG}", *overrides, *RUNS[name], *here]
+    return [TRAIN, f"config={CONFIG}", *overrides, *RUNS[name], *here]
 
 
 def _shown(path: str) -> str:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lingua.distributed import get_is_master
-
 logger = logging.getLogger(__name__)
 
 RECORDS = ("metrics.jsonl", "metrics.validation.jsonl", "metrics.eval.jsonl")
@@ -19,7 +17,7 @@ def trim_records(dump_dir: str | Path, step: int, names: Sequence[str] = RECORDS
 
     Truncated in place, since a program may have the file open to append to.
     """
-    if not get_is_master():
+    if not _is_master():
         return
     for name in names:
         path = Path(dump_dir, name)
@@ -34,7 +32,7 @@ def trim_records(dump_dir: str | Path, step: int, names: Sequence[str] = RECORDS
 
 def set_aside_records(dump_dir: str | Path) -> None:
     """Rename what another run wrote here, or this one before its first checkpoint."""
-    if not get_is_master():
+    if not _is_master():
         return
     for name in RECORDS:
         path = Path(dump_dir, name)
@@ -51,6 +49,12 @@ def drop_step(path: Path, step: int) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(b"".join(kept))
     os.replace(partial, path)
+
+
+def _is_master() -> bool:
+    from lingua.distributed import get_is_master  # with torch, and to read records needs none
+
+    return get_is_master()
 
 
 def _end_of(path: Path, step: int) -> int:

@@ -4,22 +4,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apps.topk import cli
-from apps.topk.checkpoint import DTYPES, Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
-from apps.topk.devices import device_of
-from apps.topk.neurons.corpus import token_pieces
-from apps.topk.neurons.folder import DONE_NAME, read_analysis
-from apps.topk.neurons.page_data import RECORDING, read_page_data
-from apps.topk.neurons.reading_texts import read_texts
 from apps.topk.provenance import write_text
-from apps.topk.steering import page_data as steering_data
 from lingua_topk.analysis.recording import open_recording
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
 from lingua_topk.report.data import Text
 from lingua_topk.report.page import MARK, page
+
+if TYPE_CHECKING:
+    from apps.topk.checkpoint import Checkpoint
 
 PROGRAM = "apps.topk.report"
 EXAMPLE = "--run DUMP_DIR --out report.html"
@@ -71,6 +67,15 @@ def report(
     Raises: ConfigError for an argument that is not allowed, DataError for an analysis that cannot
     be read, CheckpointError for a checkpoint that cannot be used.
     """
+    # With torch, which takes seconds that --help does not.
+    from apps.topk.checkpoint import DTYPES
+    from apps.topk.devices import device_of
+    from apps.topk.neurons.corpus import token_pieces
+    from apps.topk.neurons.folder import read_analysis
+    from apps.topk.neurons.page_data import read_page_data
+    from apps.topk.neurons.reading_texts import read_texts
+    from apps.topk.steering import page_data as steering_data
+
     _check(rows, strongest, contexts, dtype)
     path = _output_file(out)
     folder = _analysis_folder(str(run))
@@ -102,6 +107,8 @@ def report(
 
 
 def _check(rows: int, strongest: int, contexts: int, dtype: str) -> None:
+    from apps.topk.checkpoint import DTYPES
+
     for name, value, least in (("rows", rows, 0), ("strongest", strongest, 1),
                                ("contexts", contexts, 1)):  # fmt: skip
         if value < least:
@@ -132,6 +139,8 @@ def _is_ours(path: Path) -> bool:
 
 
 def _analysis_folder(run: str) -> Path:
+    from apps.topk.neurons.folder import DONE_NAME
+
     folder = Path(run).expanduser()
     for found in (folder, folder / FOLDER):
         if (found / DONE_NAME).is_file():
@@ -156,8 +165,11 @@ def _lines(texts: str) -> list[str]:
     return [line for line in content.split("\n") if line.strip()]
 
 
-def _checkpoint(folder: Path, given: str) -> Checkpoint:
+def _checkpoint(folder: Path, given: str) -> "Checkpoint":
     """The checkpoint that was analysed: as given, beside the analysis, or where it was then."""
+    from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+    from apps.topk.neurons.page_data import RECORDING
+
     if given:
         return open_checkpoint(checkpoint_folder(given))
     recorded = Path(open_recording(folder / RECORDING).info["model_name"])

@@ -2,26 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from apps.topk import cli, result_lines
-from apps.topk.checkpoint import Checkpoint, checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
-from apps.topk.devices import device_of
-from apps.topk.generation import BATCH_TOKENS
+from apps.topk.defaults import BATCH_TOKENS
 from apps.topk.prompts import read_prompts
-from apps.topk.provenance import provenance
-from apps.topk.sampling import Sampling
-from apps.topk.steering import arguments, choosing, interactive, output, showing
-from apps.topk.steering.bench import Bench
-from apps.topk.steering.choosing import Choice
-from apps.topk.steering.handles import Handle
-from apps.topk.steering.turning import MAXIMUM, Turning, variants
 from lingua_topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.checkpoint import Checkpoint
 
 PROGRAM = "apps.topk.steer"
 EXAMPLE = "--ckpt DUMP_DIR --neuron 3:417 --delta 4,8,16 --prompt 'Once upon a time,'"
@@ -128,6 +118,15 @@ def steer(
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
     that cannot be used, DataError for an analysis that cannot.
     """
+    # With torch, which takes seconds that --help does not.
+    import torch
+
+    from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+    from apps.topk.devices import device_of
+    from apps.topk.sampling import Sampling
+    from apps.topk.steering import arguments, work
+    from apps.topk.steering.bench import Bench
+
     given = [prompt] if isinstance(prompt, str) and prompt else [*prompt]
     n_given = len(given) + bool(prompts)
     arguments.check_combination(neuron, concept, n, list, interactive, json, n_given)
@@ -148,15 +147,15 @@ def steer(
     origin = {"dtype": dtype, "device": str(place)}
     try:
         if list:
-            _list(bench, concept, n or LISTED, out, origin)
+            work.list_neurons(bench, concept, n or LISTED, out, origin)
         else:
-            choice = _chosen(bench, neuron, concept, n or 1)
-            _check_default(bench, delta, how)
+            choice = work.chosen(bench, neuron, concept, n or 1)
+            work.check_default(bench, delta, how)
             if texts is None or interactive:
                 first = texts[0] if texts else FIRST_PROMPT
-                _converse(bench, first, sampling, choice, how, num)
+                work.converse(bench, first, sampling, choice, how, num)
             else:
-                _compare(bench, texts, sampling, choice, how, num, out, origin)
+                work.compare(bench, texts, sampling, choice, how, num, out, origin)
     except torch.OutOfMemoryError:
         raise ConfigError(
             f"batch_tokens={batch_tokens} does not fit into the memory of {place}: give less, or"
@@ -174,79 +173,15 @@ def _texts(given: Sequence[str], prompts: str, interactive: bool) -> list[str] |
     return found
 
 
-def _twin(name: str, checkpoint: Checkpoint) -> Checkpoint | None:
+def _twin(name: str, checkpoint: "Checkpoint") -> "Checkpoint | None":
     if not name:
         return None
-    from apps.topk.analyze import check_twin  # with all that an analysis is made with
+    from apps.topk.analyze import check_twin
+    from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
 
     found = open_checkpoint(checkpoint_folder(name))
     check_twin(checkpoint, found)
     return found
-
-
-def _chosen(bench: Bench, neuron: str, concept: str, n: int) -> Choice:
-    if neuron:
-        return choosing.named(bench, neuron)
-    return choosing.of_word(bench, concept, n) if concept else choosing.proposed(bench, n)
-
-
-def _check_default(bench: Bench, delta: str, how: Turning) -> None:
-    if bench.handles is None and not delta and how.unit == MAXIMUM and how.deltas:
-        bench.needed_handles(
-            "without --delta (such as --delta 4,8,16) multiples of the neuron's maximum are taken,"
-            " which"
-        )
-
-
-def _converse(
-    bench: Bench, prompt: str, sampling: Sampling, choice: Choice, how: Turning, num: int
-) -> None:
-    state = interactive.State(prompt, sampling, choice, how)
-    interactive.Desk(bench, state, num).converse()
-
-
-def _compare(
-    bench: Bench, prompts: Sequence[str], sampling: Sampling, choice: Choice, how: Turning,
-    num: int, out: Path | None, origin: dict[str, Any],
-) -> None:  # fmt: skip
-    """Continue the prompts without and with steering; show that, or write it to `out`."""
-    turned = variants(how, choice.neurons)
-    written = bench.write([*prompts] * num, sampling, turned)
-    if out is None:
-        screen = showing.console()
-        showing.show_header(screen, bench, choice, how, turned)
-        showing.show_texts(screen, written, choice, how.unit, num)
-        return
-    origin = _origin(
-        bench, neurons=_lines(choice.neurons), why=choice.why, turning=asdict(how),
-        sampling=asdict(sampling), **origin,
-    )  # fmt: skip
-    n = result_lines.write(out, output.text_lines(written, choice.neurons, how.unit, num), origin)
-    print(f"written: {out} ({n} texts)")
-
-
-def _list(bench: Bench, concept: str, n: int, out: Path | None, origin: dict[str, Any]) -> None:
-    found = (
-        choosing.candidates_of_word(bench, concept)
-        if concept
-        else choosing.candidates_of_all(bench)
-    )[:n]
-    if out is None:
-        showing.show_handles(showing.console(), found)
-        return
-    result_lines.write(out, _lines(found), _origin(bench, concept=concept, **origin))
-    print(f"written: {out} ({len(found)} neurons)")
-
-
-def _lines(neurons: Sequence[Handle]) -> list[dict[str, Any]]:
-    return [output.handle_line(one) for one in neurons]
-
-
-def _origin(bench: Bench, **fields: Any) -> dict[str, Any]:
-    return provenance(
-        ckpt=str(bench.checkpoint.folder), step=bench.checkpoint.step,
-        analysis=bench.analysis and str(bench.analysis), **fields,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

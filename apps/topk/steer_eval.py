@@ -7,20 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apps.topk import cli
-from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
 from apps.topk.corpus import flags
-from apps.topk.devices import device_of
-from apps.topk.generation import BATCH_TOKENS
-from apps.topk.neurons.arguments import folder_in_run, listed
+from apps.topk.defaults import BATCH_TOKENS
 from apps.topk.prompts import read_prompts
-from apps.topk.sampling import MAX_SEED
-from apps.topk.steering.arguments import check_generation, numbers
-from apps.topk.steering.bench import analysis_folder
-from apps.topk.steering.experiment import Experiment, Settings
-from apps.topk.steering.results import NAME, content_of, tables, write
+from apps.topk.steering.settings import Settings
 from lingua_topk.errors import ConfigError, DataError
 
 PROGRAM = "apps.topk.steer_eval"
@@ -99,6 +90,14 @@ def steer_eval(
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
     that cannot be used, DataError for an analysis that cannot.
     """
+    # With torch and matplotlib, which take seconds that --help does not.
+    from apps.topk.checkpoint import checkpoint_folder, open_checkpoint
+    from apps.topk.devices import device_of
+    from apps.topk.neurons.arguments import folder_in_run, listed
+    from apps.topk.steering import results
+    from apps.topk.steering.bench import analysis_folder
+    from apps.topk.steering.experiment import Experiment
+
     settings = Settings(
         n, candidates, _deltas(deltas), num_prompts, prompt_tokens, max_tokens, temperature, seed
     )
@@ -129,14 +128,16 @@ def steer_eval(
     content = _finished(folder, experiment.inputs())
     if content is None:
         experiment.run()
-        content = content_of(experiment)
-        write(folder, content)
+        content = results.content_of(experiment)
+        results.write(folder, content)
         (folder / JOURNAL).unlink(missing_ok=True)
     _show(content, folder, quiet)
     return content
 
 
 def _deltas(text: str) -> tuple[float, ...]:
+    from apps.topk.steering.arguments import numbers
+
     found = numbers(text, "deltas")
     if min(found) <= 0:
         raise ConfigError(
@@ -146,6 +147,9 @@ def _deltas(text: str) -> tuple[float, ...]:
 
 
 def _check(settings: Settings, dtype: str, batch_tokens: int) -> None:
+    from apps.topk.sampling import MAX_SEED
+    from apps.topk.steering.arguments import check_generation
+
     least = {"n": 1, "candidates": 1, "prompts": 2, "prompt_tokens": 2, "max_tokens": 2}
     names = {"prompts": "num_prompts"}
     for name, lowest in least.items():
@@ -184,6 +188,8 @@ def _check_twin(checkpoint: Any, twin: Any) -> None:
 
 def _check_folder(folder: Path) -> None:
     """ConfigError where it is something else, so that nothing of others is overwritten."""
+    from apps.topk.steering.results import NAME
+
     if not folder.exists():
         return
     names = {one.name for one in folder.iterdir()} if folder.is_dir() else {""}
@@ -193,6 +199,8 @@ def _check_folder(folder: Path) -> None:
 
 def _finished(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured before with the same; None where nothing was."""
+    from apps.topk.steering.results import NAME
+
     path = folder / NAME
     if not path.is_file():
         return None
@@ -213,6 +221,10 @@ def _finished(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 def _show(content: dict[str, Any], folder: Path, quiet: bool) -> None:
     if not quiet:
+        from rich.console import Console
+
+        from apps.topk.steering.results import tables
+
         for table in tables(content):
             Console().print(table)
     print("\n".join(content["conclusion"]))

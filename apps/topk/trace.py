@@ -4,20 +4,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apps.topk import cli
 from apps.topk.corpus import flags
-from apps.topk.devices import device_of
-from apps.topk.neurons import arguments
-from apps.topk.neurons.corpus import rows_of_corpus, text_of
-from apps.topk.neurons.measures import Settings
-from apps.topk.terminal import shown
-from apps.topk.tracing import output
-from apps.topk.tracing.checkpoints import checkpoints_of
-from apps.topk.tracing.recorder import Recorder, width_of
-from apps.topk.tracing.summary import Trace, neuron_summary
-from apps.topk.tracing.work import Work
+from apps.topk.neurons.settings import Settings
 from lingua_topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.tracing.summary import Trace
 
 PROGRAM = "apps.topk.trace"
 EXAMPLE = "--ckpts DUMP_DIR --neuron 3:417"
@@ -98,6 +93,15 @@ def trace(
     Raises: ConfigError for an argument that is not allowed, CheckpointError for checkpoints
     that cannot be used, DataError for text or vectors that cannot.
     """
+    # With torch and matplotlib, which take seconds that --help does not.
+    from apps.topk.devices import device_of
+    from apps.topk.neurons import arguments
+    from apps.topk.neurons.corpus import rows_of_corpus, text_of
+    from apps.topk.tracing import output
+    from apps.topk.tracing.checkpoints import checkpoints_of
+    from apps.topk.tracing.recorder import Recorder, width_of
+    from apps.topk.tracing.work import Work
+
     settings = Settings(threshold, min_words, max_words)
     arguments.check(settings, dtype, batch_tokens, row_length)
     if not 0 < settled <= 1:
@@ -131,8 +135,10 @@ def trace(
 
 def _neurons(text: str) -> list[tuple[int, int]]:
     """Layer and index of each neuron in "3:417,0:5", each once."""
+    from apps.topk.neurons.arguments import listed
+
     found = []
-    for name in arguments.listed(text):
+    for name in listed(text):
         numbers = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", name)
         if numbers is None:
             raise ConfigError(
@@ -155,8 +161,11 @@ def _check_neurons(wanted: Sequence[tuple[int, int]], layers: Sequence[int], wid
             )
 
 
-def _show(trace: Trace, layer: int, index: int) -> None:
+def _show(trace: "Trace", layer: int, index: int) -> None:
     """The trace of a neuron on the terminal, a line a checkpoint."""
+    from apps.topk.terminal import shown
+    from apps.topk.tracing.summary import neuron_summary
+
     found = neuron_summary(trace, layer, index)
     step = found["settle_step"]
     when = "is dead in the end" if step is None else f"has settled at step {step}"

@@ -7,9 +7,11 @@ every open, rename, removal, truncation, those of a save included) or a time. Af
 the same command goes on, and may be killed again. Prints one JSON object: the number of
 kills and where they were, and what differed from the run that nobody killed.
 
-Runs are forked from this process, which has imported everything and computed nothing.
+Runs are forked from this process, which has imported everything, also what is else imported by
+work, and computed nothing.
 """
 
+import gc
 import json
 import os
 import random
@@ -19,12 +21,16 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.profiler
 
 from apps.topk.train import train
 from lingua.checkpoint import read_model
 from tests.apps.tiny import read_metrics, train_args
 
-STEPS = 12
+STEPS = 9
 OVERRIDES = [
     f"steps={STEPS}",
     "checkpoint.dump.every=3",
@@ -144,6 +150,7 @@ def trial(corpus, folder, draw, touches, seconds):
 def main(corpus, out, trials, seed):
     out.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
+    gc.freeze()  # a collection of garbage in a run need not look at what is imported
     began = time.monotonic()
     if wait(start(corpus, out / "whole", report=writer)):
         raise RuntimeError((out / "whole.err").read_text(encoding="utf-8")[-3000:])

@@ -294,19 +294,3 @@ def test_a_folder_that_cannot_be_written_is_named(prepared, monkeypatch, capsys)
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert f"dump_dir={config}/run or " in message and "cannot be written" in message
-
-
-@pytest.mark.parametrize(
-    "module, unwanted",
-    [
-        ("prepare", ["torch", "transformers", "lm_eval"]),
-        ("train", ["torch._inductor", "torch.distributed.fsdp", "transformers", "lm_eval"]),
-    ],
-)
-def test_a_program_loads_what_it_needs_and_not_what_it_may_need_later(module, unwanted):
-    """Seconds at every start: torch's compiler alone takes five."""
-    program = f"import sys, apps.topk.{module}; print(*sorted(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert not set(unwanted).intersection(done.stdout.split())

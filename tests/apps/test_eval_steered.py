@@ -3,11 +3,8 @@
 import csv
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,10 +27,11 @@ from apps.topk.sampling import Sampling
 from apps.topk.train import train
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
 from lingua_topk.steering import Ablate, Add, Clamp, Scale, Set, steer
+from tests import processes
+from tests.apps import lm_eval_once
 from tests.apps.made_up_analysis import write_part
 from tests.apps.tiny import SENTENCES, train_args, write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 D = 32  # of the run
 CHOICES = """\
 task: choices
@@ -57,6 +55,12 @@ doc_to_target: "{{{{ends[0]}}}}"
 generation_kwargs: {{until: ["."], max_gen_toks: 8, do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    with lm_eval_once.read_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -254,16 +258,12 @@ def test_generated_texts_are_steered_in_a_whole_evaluation(
 @pytest.mark.slow
 def test_two_processes_and_one_agree(checkpoint, task_folder, neuron, turned, tmp_path):
     (tmp_path / "empty.yaml").write_text("{}")
-    command = [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", PROGRAM,
+    done = processes.run(
+        2, PROGRAM,
         f"config={tmp_path / 'empty.yaml'}", f"ckpt_dir={checkpoint}", "dtype=fp64",
         f"dump_dir={tmp_path / '2'}", f'steer=[{{neuron: "1:{neuron}", delta: 6}}]',
         f"harness.include_path={task_folder}", "harness.tasks=[choices,finish]",
-        "harness.bootstrap_iters=0",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        "harness.bootstrap_iters=0", imported=["tests.apps.lm_eval_imported"],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"[steered: 1:{neuron} + 6]" in done.stdout + done.stderr

@@ -1,12 +1,8 @@
 """lm-eval's tasks within an evaluation: files, what a killed one repeats, what is refused."""
 
-import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +17,10 @@ from apps.topk.evaluation import tasks as tasks_module
 from apps.topk.evaluation.adapter import HarnessModel
 from apps.topk.tasks import make_tasks
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
+from tests import processes
+from tests.apps import lm_eval_once
 from tests.apps.real_text import PLACES, train_on, write_stories
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS = ["held_continuation", "held_last_word", "held_rolling"]
 GENERATION_TASK = """\
 task: finish
@@ -41,24 +38,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
-    """The 14,000 files of tasks that lm-eval brings, not again for every folder of ours, and what
-    it notes of this machine (pip's list, among others), not again for every task.
-    """
-    from lm_eval.tasks import _index, manager
-    from torch.utils import collect_env
-
-    own, build = Path(manager.__file__).parent, _index.TaskIndex.build
-    own_tasks = functools.cache(lambda: build([own]))
-
-    def build_once(paths):
-        others = [path for path in paths if path != own]
-        found = build(others)
-        return {**own_tasks(), **found} if len(others) < len(paths) else found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_index.TaskIndex, "build", staticmethod(build_once))
-        once = functools.cache(collect_env.get_pretty_env_info)
-        patch.setattr(collect_env, "get_pretty_env_info", once)
+    with lm_eval_once.read_once():
         yield
 
 
@@ -486,16 +466,12 @@ SHARED = ["held_continuation", "held_last_word", "held_rolling", "finish", "draw
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-4)])
 def test_two_processes_and_one_agree(checkpoint, task_folder, tmp_path, dtype, tolerance):
     (tmp_path / "empty.yaml").write_text("{}")
-    command = [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "apps.topk.eval", f"config={tmp_path / 'empty.yaml'}", f"ckpt_dir={checkpoint}",
+    done = processes.run(
+        2, "apps.topk.eval", f"config={tmp_path / 'empty.yaml'}", f"ckpt_dir={checkpoint}",
         f"dtype={dtype}", f"harness.include_path={task_folder}",
         f"harness.tasks=[{','.join(SHARED)}]", "harness.bootstrap_iters=0",
         "harness.batch_tokens=512", f"dump_dir={tmp_path / '2'}",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        imported=["tests.apps.lm_eval_imported"],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     settings = harness(task_folder, SHARED, batch_tokens=512)

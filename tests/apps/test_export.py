@@ -41,7 +41,9 @@ def runs(tmp_path_factory):
         anneal = () if kind == "twin" else ("model.topk.anneal_ratio=0.75",)
         train(train_args(root, folder / kind, "steps=20", *overrides, *anneal))
         checkpoint = newest_checkpoint(folder / kind)
-        run_export("--ckpt", checkpoint, "--out", folder / f"{kind}-hf")
+        # One of a TopK model and one of a vanilla one bring it; it is tried on many texts.
+        tokenizer = "false" if kind == "mlp" else "true"
+        run_export("--ckpt", checkpoint, "--out", folder / f"{kind}-hf", "--tokenizer", tokenizer)
         found[kind] = checkpoint, folder / f"{kind}-hf"
     logging.getLogger().handlers[:] = handlers
     register()
@@ -265,7 +267,8 @@ def test_inside_the_annealing_phase(runs, tmp_path):
     with pytest.raises(CheckpointError, match="annealing phase"):
         run_export("--ckpt", inside, "--out", tmp_path / "hf")
     assert not list(tmp_path.iterdir())
-    run_export("--ckpt", inside, "--out", tmp_path / "hf", "--as_trained", "true")
+    more = ("--as_trained", "true", "--tokenizer", "false")
+    run_export("--ckpt", inside, "--out", tmp_path / "hf", *more)
     checkpoint = open_checkpoint(inside)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
     assert theirs.config.topk_alpha == checkpoint.alpha > 0

@@ -697,7 +697,7 @@ def test_a_process_of_its_own_answers_alike(place, name, options):
     done = subprocess.run(
         [sys.executable, *options, "-m", MODULES[row.program], *row.argv()],
         env={**os.environ, "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     check_text(row, done.stderr)

@@ -25,6 +25,7 @@ from apps.topk.sampling import Sampling
 from apps.topk.tasks import make_tasks
 from lingua_topk.hf import register
 from lingua_topk.hf.modeling_topk_lm import TopKLMRMSNorm
+from tests.apps import lm_eval_once
 from tests.apps.near_ties import least_gap
 from tests.apps.real_text import train_on, write_stories
 
@@ -45,6 +46,12 @@ class Evaluated:
     tasks: Path
     names: list[str]
     text: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    with lm_eval_once.read_once():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,19 @@
-"""The quickstart as a newcomer starts it, with a model that trains in a second."""
+"""The quickstart with a model that trains in a second, and is steered for a few."""
 
+import io
 import json
-import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from apps.topk import cli, quickstart
 from apps.topk.neurons.folder import read_layers
 from lingua_topk.report.page import MARK
+from tests.apps.hostile import undisturbed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -22,27 +25,48 @@ TINY = [
     "data.seq_len=64",
 ]
 TINY += ["data.prefetch_size=4", "optim.warmup=1", "eval.validation.max_documents=3"]
+STEERING = {"n": 2, "candidates": 16, "deltas": "1,4", "num_prompts": 4, "max_tokens": 12}
 
 
-def quickstart(folder, *arguments):
-    command = [sys.executable, "-m", "apps.topk.quickstart", *TINY]
-    command += [f"data.root_dir={folder}/data", f"dump_dir={folder}/dumps"]
-    command += [f"data.tokenizer.path={folder}/data/tokenizer.model", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def words(folder, *arguments):
+    here = [f"data.root_dir={folder}/data", f"dump_dir={folder}/dumps"]
+    return [*TINY, *here, f"data.tokenizer.path={folder}/data/tokenizer.model", *arguments]
+
+
+def said(folder):
+    """What it prints. Its trainings are processes of their own, as ever."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, undisturbed(), redirect_stdout(out):
+        patch.chdir(ROOT)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(quickstart, "STEERING", STEERING)
+        quickstart.main(words(folder))
+    return out.getvalue()
+
+
+@pytest.fixture
+def assert_refused(monkeypatch, capsys):
+    def assert_refused(folder, argument, message):
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: quickstart.main(words(folder, argument)))
+        told = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert message in told and len(told.splitlines()) == 1
+
+    return assert_refused
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    return folder, quickstart(folder)
+    return folder, said(folder)
 
 
 @pytest.mark.slow
 def test_it_ends_with_the_table(first):
-    folder, done = first
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = done.stdout[done.stdout.index("with differences to vanilla") :]
+    folder, text = first
+    table = text[text.index("with differences to vanilla") :]
     for name in ("topk", "vanilla"):
         evals = folder / f"dumps/{name}/evals/0000000003"
         validation = json.loads((evals / "validation.json").read_text())["python-docs"]
@@ -52,15 +76,15 @@ def test_it_ends_with_the_table(first):
         assert f"{int(validation['perplexity']):,}"[:4] in table
         assert f"{100 * results['python_docs_continuation']['acc,none']:.0f}" in table
     assert "│ L0 " in table and "│ k " in table
-    assert "What to try next" in done.stdout
+    assert "What to try next" in text
     written = (folder / "dumps/table.md").read_text(encoding="utf-8")
     assert "python_docs_last_word" in written and (folder / "dumps/table.csv").is_file()
 
 
 @pytest.mark.slow
 def test_it_ends_with_the_report_and_a_few_neurons(first):
-    folder, done = first
-    end = done.stdout[done.stdout.index("reading the neurons") :]
+    folder, text = first
+    end = text[text.index("reading the neurons") :]
     shown = end[end.index("neurons with the lowest semantic entropy") :].splitlines()
     lowest = [line.split() for line in shown[1:4]]
     layers = read_layers(folder / "dumps/topk/neurons/model")
@@ -76,11 +100,11 @@ def test_it_ends_with_the_report_and_a_few_neurons(first):
 
 @pytest.mark.slow
 def test_it_shows_one_steered_example_that_it_chose(first):
-    folder, done = first
+    folder, text = first
     content = json.loads((folder / "dumps/topk/steering/steering.json").read_text())
     rows = [row for row in content["rows"] if row["method"] == "neuron" and row["chosen"]]
     best = max(rows, key=lambda row: row["choosing"]["score"])
-    shown = done.stdout[done.stdout.index(f"steering neuron {best['concept']} (") :]
+    shown = text[text.index(f"steering neuron {best['concept']} (") :]
     assert f"by {best['delta']:g} times its" in shown
     assert "unsteered" in shown and f"over {best['reported']['tokens']} tokens" in shown
     page = (folder / "dumps/report.html").read_text(encoding="utf-8")
@@ -102,12 +126,11 @@ def test_the_models_differ_in_topk_alone(first):
 
 @pytest.mark.slow
 def test_a_second_run_uses_what_is_there(first):
-    folder, done = first
-    again = quickstart(folder)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "is there and is used" in again.stdout
-    assert again.stdout.count("nothing to do") == 2
-    assert again.stdout.splitlines()[-25:] == done.stdout.splitlines()[-25:]
+    folder, text = first
+    again = said(folder)
+    assert "is there and is used" in again
+    assert again.count("nothing to do") == 2
+    assert again.splitlines()[-25:] == text.splitlines()[-25:]
 
 
 @pytest.mark.slow
@@ -119,11 +142,10 @@ def test_a_second_run_uses_what_is_there(first):
         ("optim.lr=0.5", "optim.lr=0.5, but it is 0.002 in the run that is in"),
     ],
 )
-def test_other_keys_than_those_of_the_runs_that_are_there_are_refused(first, argument, message):
-    folder, _ = first
-    done = quickstart(folder, argument)
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_other_keys_than_those_of_the_runs_that_are_there_are_refused(
+    first, assert_refused, argument, message
+):
+    assert_refused(first[0], argument, message)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +157,12 @@ def test_other_keys_than_those_of_the_runs_that_are_there_are_refused(first, arg
         ("eval=null", "model.topk and eval cannot be null here"),
     ],
 )
-def test_a_mistake_ends_it_before_any_work(tmp_path, argument, message):
-    done = quickstart(tmp_path, argument)
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_a_mistake_ends_it_before_any_work(tmp_path, assert_refused, argument, message):
+    assert_refused(tmp_path, argument, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_is_a_program():
+    command = [sys.executable, "-m", quickstart.PROGRAM, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{quickstart.HELP}\n"

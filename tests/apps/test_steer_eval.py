@@ -16,7 +16,7 @@ from apps.topk.generation import Generator
 from apps.topk.neurons.corpus import token_pieces
 from apps.topk.sampling import Sampling
 from apps.topk.steering import handles as handles_module
-from apps.topk.steering import methods
+from apps.topk.steering import methods, results
 from apps.topk.steering.experiment import Experiment
 from apps.topk.steering.handles import read_handles, scored
 from apps.topk.steering.methods import Concept, directions, random_neuron
@@ -267,7 +267,7 @@ def test_a_concept_of_the_twin_keeps_its_words_whatever_its_name(
     monkeypatch.setattr(
         Experiment, "_measure", lambda self, side, concept, some: seen.append((concept, some))
     )
-    monkeypatch.setattr(steer_eval, "content_of", lambda one: pytest.fail("measured"))
+    monkeypatch.setattr(results, "content_of", lambda one: pytest.fail("measured"))
     own = Experiment._work_of_the_twin
 
     def alike(self):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import processes
 from tests.apps import fixed_batches
 from tests.apps.tiny import read_metrics, write_config, write_corpus
 
@@ -34,7 +35,7 @@ def corpus(tmp_path_factory):
 def runs(corpus, tmp_path_factory):
     """The folder with what every case gave in one process and in two."""
     out = tmp_path_factory.mktemp("runs")
-    done = python(*TORCHRUN, 2, "-m", "tests.apps.fixed_batches", corpus, out)
+    done = processes.run(2, "tests.apps.fixed_batches", corpus, out)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     fixed_batches.train_all(corpus, out)
     return out
@@ -97,12 +98,12 @@ def test_two_processes_evaluate_as_one(runs):
 def test_two_processes_train_with_the_loader_and_resume(corpus, tmp_path):
     config = write_config(tmp_path / "config.yaml")
     command = [
-        *TORCHRUN, 2, "-m", "apps.topk.train", f"config={config}", f"data.root_dir={corpus}",
+        2, "apps.topk.train", f"config={config}", f"data.root_dir={corpus}",
         f"dump_dir={tmp_path}/run", "data.load_async=true", "eval.validation.context=8",
     ]  # fmt: skip
-    first = python(*command, "steps=10")
+    first = processes.run(*command, "steps=10")
     assert first.returncode == 0, first.stderr[-4000:]
-    again = python(*command, "steps=12")
+    again = processes.run(*command, "steps=12")
     assert again.returncode == 0, again.stderr[-4000:]
     assert "resuming from" in again.stdout
     steps = sorted(path.name for path in (tmp_path / "run" / "evals").iterdir())
@@ -116,9 +117,8 @@ def test_another_number_of_processes_goes_on(corpus, tmp_path):
         "apps.topk.train", f"config={config}", f"data.root_dir={corpus}",
         f"dump_dir={tmp_path}/run", "checkpoint.dump.every=2", "data.prefetch_size=1",
     ]  # fmt: skip
-    for processes, steps in ((2, 4), (1, 8), (2, 10)):
-        launcher = [*TORCHRUN, 2, "-m"] if processes == 2 else []
-        done = python(*launcher, *command, f"steps={steps}")
+    for count, steps in ((2, 4), (1, 8), (2, 10)):
+        done = processes.run(count, *command, f"steps={steps}")
         assert done.returncode == 0, done.stderr[-4000:]
     metrics = read_metrics(tmp_path / "run")
     assert [line["global_step"] for line in metrics] == list(range(1, 11))
@@ -165,3 +165,8 @@ def test_a_mistake_gives_one_line_from_one_process(corpus, tmp_path):
     ]
     assert "exitcode  : 2" in done.stderr or "exitcode: 2" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_stands_in_for_torchrun_tells_of_a_failure(tmp_path):
+    done = processes.run(2, "apps.topk.train", f"config={tmp_path / 'nothing.yaml'}")
+    assert done.returncode == 2 and done.stderr.startswith("error: config=")

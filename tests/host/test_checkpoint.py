@@ -1,13 +1,11 @@
 """lingua.checkpoint: what is saved comes back, and what is half-saved is never used.
 
-Run by torchrun this file is the program of two processes; see `two_processes`.
+Run by tests/processes.py this file is the program of two processes; see `two_processes`.
 """
 
 import hashlib
 import json
 import logging
-import os
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import asdict
@@ -39,8 +37,7 @@ from lingua.distributed import (
 )
 from lingua.errors import CheckpointError
 from lingua.optim import OptimArgs, build_optimizer
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -567,15 +564,8 @@ def two_processes(tmp_path_factory) -> tuple[Path, list[dict]]:
     run.train(1)
     run.save()
     alone = run.train(2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, f"--log-dir={folder}", __file__, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
+    done = processes.run(2, "tests.host.test_checkpoint", folder)
+    assert done.returncode == 0, done.stderr
     results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return folder, [{**result, "alone": alone} for result in results]
 

@@ -1,12 +1,10 @@
 """lingua.parallel, and the collectives: what two processes compute is what one computes.
 
-Run by torchrun this file is the program of the two processes; see `two_processes`.
+Run by tests/processes.py this file is the program of the two processes; see `two_processes`.
 """
 
 import logging
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +37,8 @@ from lingua.parallel import (
     get_module,
     set_module,
 )
+from tests import processes
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 # Odd sizes: two processes cannot share them evenly.
@@ -152,15 +150,8 @@ def program(folder: Path) -> None:
 def two_processes(tmp_path_factory) -> list[dict]:
     """The results of both, by rank."""
     folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, f"--log-dir={folder}", __file__, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    done = processes.run(2, "tests.host.test_parallel", folder)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

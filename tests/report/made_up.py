@@ -12,7 +12,8 @@ from torch import nn
 
 from apps.topk.neurons.comparison import compare_neurons, write_comparison
 from apps.topk.neurons.folder import MODEL, write_analysis, write_layer
-from apps.topk.neurons.measures import Settings, Text, measure_layer
+from apps.topk.neurons.measures import Text, measure_layer
+from apps.topk.neurons.settings import Settings
 from apps.topk.provenance import provenance, write_json, write_text
 from apps.topk.tracing.measuring import write_arrays
 from lingua_topk.analysis.record import Point, record

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apps.topk.comparison.fields import as_number
-from apps.topk.evaluation.validation import Z_95
+from apps.topk.evaluation.confidence import Z_95
 
 # Residuals below this share of the amounts are rounding, and no spread.
 NEGLIGIBLE = 1e-12

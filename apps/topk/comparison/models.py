@@ -3,7 +3,6 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from apps.topk.checkpoint import open_checkpoint
 from apps.topk.comparison.fields import EVALUATE_AGAIN, Fields, as_number
 from lingua_topk.errors import DataError, UserError
 
@@ -89,6 +88,8 @@ def _tokenizer(told: Fields) -> Hashable:
 
 def _of_checkpoint(origin: Fields) -> tuple[Fields, int | None]:
     """The model and the step as the checkpoint itself tells them."""
+    from apps.topk.checkpoint import open_checkpoint  # with torch, and few need it
+
     folder = origin.text("checkpoint")
     try:
         checkpoint = open_checkpoint(folder or "")

@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apps.topk import cli
-from apps.topk.evaluation.validation import Documents
 from apps.topk.provenance import write_json, write_text
 from apps.topk.records import drop_step
 from lingua_topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.evaluation.validation import Documents  # with torch, and to compare needs none
 
 # The key of results.json and validation.json that is no task and no source.
 PROVENANCE = "provenance"
@@ -110,7 +112,7 @@ def write_done(folder: Path, origin: dict[str, Any]) -> None:
     write_json(folder / DONE_NAME, origin)
 
 
-def document_lines(source: str, documents: Documents, nll) -> Iterator[dict[str, Any]]:
+def document_lines(source: str, documents: "Documents", nll) -> Iterator[dict[str, Any]]:
     """A line of validation_documents.jsonl for each document; nll: nats, [documents]."""
     for index, (tokens, n_bytes, nats) in enumerate(
         zip(documents.tokens, documents.sizes, nll.tolist(), strict=True)

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apps.topk.evaluation.confidence import Z_95
 from apps.topk.evaluation.scoring import Request, score
 from lingua_topk import topk_handle
 from lingua_topk.errors import CheckpointError, DataError
 
 MOST_NATS = 500  # a token; of much more there is no perplexity in float64
-Z_95 = 1.959964  # standard errors to either side of a value: its normal 95% interval
 
 
 @dataclass(frozen=True)

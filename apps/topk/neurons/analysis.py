@@ -16,8 +16,9 @@ from apps.topk.corpus import progress
 from apps.topk.model import TopKTransformer
 from apps.topk.neurons import comparison, folder
 from apps.topk.neurons.corpus import Rows, text_of
-from apps.topk.neurons.measures import Settings, Text, measure_layer, next_tokens
+from apps.topk.neurons.measures import Text, measure_layer, next_tokens
 from apps.topk.neurons.reading import record_model
+from apps.topk.neurons.settings import Settings
 from apps.topk.provenance import provenance, write_json
 from lingua_topk.errors import ConfigError
 

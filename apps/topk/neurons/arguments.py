@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from apps.topk.checkpoint import DTYPES, Checkpoint
-from apps.topk.neurons.measures import Settings
+from apps.topk.neurons.settings import Settings
 from lingua_topk.errors import ConfigError
 
 DEFAULT_K = 64  # where no layer has TopK

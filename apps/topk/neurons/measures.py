@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from apps.topk.neurons.settings import Settings
 from lingua_topk.analysis import neurons
 from lingua_topk.analysis.distinctive import DistinctiveWord, distinctive_words
 from lingua_topk.analysis.monoscore import mono_score
@@ -17,27 +18,6 @@ from lingua_topk.analysis.words import Words
 TOP_TOKENS = 20
 NEXT_TOKENS = 10
 DIRECT_NEURONS = 128  # at once: their logits over the whole vocabulary are in memory
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How neurons are measured; all of it stands in the results.
-
-    Attributes:
-        threshold: share of a neuron's largest |value| above which it fires on a word.
-        min_words: distinct words with a vector that semantic entropy needs.
-        max_words: the most of them that are taken, those with the largest |value|.
-        contexts: places of text that are kept a neuron; 0 for none.
-        context_tokens: tokens around such a place.
-        seed: of the shuffled control, and of the random weights.
-    """
-
-    threshold: float = 0.5
-    min_words: int = 10
-    max_words: int = 100
-    contexts: int = 8
-    context_tokens: int = 32
-    seed: int = 0
 
 
 @dataclass(frozen=True)

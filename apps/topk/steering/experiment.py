@@ -29,6 +29,7 @@ from apps.topk.steering.handles import Handle, Handles, distinct_features, read_
 from apps.topk.steering.measuring import Numbers, Written, compared, written
 from apps.topk.steering.methods import Concept, Method
 from apps.topk.steering.probes import probes_of, prompts_of_rows
+from apps.topk.steering.settings import Settings
 from lingua_topk.analysis.recording import open_recording
 from lingua_topk.analysis.words import words_of
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
@@ -39,30 +40,6 @@ CHOOSING, REPORTING, ALL_WORDS = "choosing", "reporting", "all_words"
 UNSTEERED_DRAWS = 4
 DIRECTION_TOKENS = 100_000  # of the recorded text that directions are made of, at most
 EXAMPLES = 2  # a concept and method
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How steering is measured; all of it stands in the results.
-
-    Attributes:
-        n: concepts.
-        candidates: neurons of lowest semantic entropy whose output score is measured.
-        deltas: in multiples of a neuron's maximum, or of a direction's length.
-        prompts: of the reported numbers; half as many are to choose by.
-        prompt_tokens, max_tokens: of a prompt, and of what is generated.
-        temperature: of the draws.
-        seed: of the draws, of the prompts and of the random neurons.
-    """
-
-    n: int = 10
-    candidates: int = 128
-    deltas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-    prompts: int = 32
-    prompt_tokens: int = 12
-    max_tokens: int = 40
-    temperature: float = 0.8
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from apps.topk.neurons.measures import Settings, Text
+from apps.topk.neurons.measures import Text
+from apps.topk.neurons.settings import Settings
 from apps.topk.provenance import write_bytes
 from lingua_topk.analysis import neurons
 from lingua_topk.analysis.recording import LayerRecording, Recording

@@ -19,7 +19,8 @@ import numpy as np
 from apps.topk.checkpoint import Checkpoint
 from apps.topk.corpus import progress
 from apps.topk.neurons.corpus import Rows
-from apps.topk.neurons.measures import Settings, Text
+from apps.topk.neurons.measures import Text
+from apps.topk.neurons.settings import Settings
 from apps.topk.tracing.measuring import (
     Arrays,
     array_name,
