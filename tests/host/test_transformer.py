@@ -131,6 +131,25 @@ def test_rotary_embedding_computes_in_float32_and_returns_the_dtype_of_its_input
     assert torch.equal(turned, exact.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_both_forms_of_the_rotation_are_one(monkeypatch, dtype, strided):
+    """As complex numbers, and written out as for a compiler: results and gradients."""
+    x, table = normal(2, 7, 3, 8, dtype=dtype), precompute_freqs_cis(8, 7, 100.0)
+    if strided:  # an odd number of values between the heads
+        x = nn.functional.pad(x, (0, 1))[..., :8]
+    gradient = normal(2, 7, 3, 8, dtype=dtype)
+    found = []
+    for is_compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda answer=is_compiling: answer)
+        given = x.detach().requires_grad_()
+        turned, _ = apply_rotary_emb(given, given.detach(), 1, table)
+        found.append((turned, *torch.autograd.grad(turned, given, gradient)))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=1e-6 if dtype.itemsize > 2 else 0, atol=1e-6)
+
+
 def test_rotary_positions_can_be_chosen():
     rope = RotaryEmbedding(10_000.0, 8, max_seqlen=16)
     assert torch.equal(rope(seqlen=5), rope.freqs_cis[:5])

@@ -144,6 +144,8 @@ def _shard(model, device_mesh, distributed_args, plan, n_layers) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     dtype = TORCH_DTYPES[distributed_args.model_dtype]
+    if device_mesh.size() == 1 and all(weight.dtype == dtype for weight in model.parameters()):
+        return  # nothing to share and nothing to cast: weights and gradients would be copied only
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.promote_types(dtype, torch.float32),

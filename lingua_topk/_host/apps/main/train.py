@@ -405,23 +405,21 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
             gc.collect()
         data_load_time = timer() - started
 
-        started = timer()
         lr = run.optimizer.param_groups[0]["lr"]
         losses.append(_forward_backward(run, batch))
-        grad_norm = -1.0
+        grad_norm = None
         if state.acc_step == 0:
             grad_norm = _optimizer_step(run)
             progress.update()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        iter_time = timer() - started
         speed.micro_batches += 1
         if profiler is not None and state.acc_step == 0:
             profiler.step()
 
         if _is_log_step(args, state):
+            # Here, and nowhere else in a step, the device is waited for.
             loss = torch.stack(losses).mean().item()
-            metrics = _metrics(run, speed, loss, grad_norm, lr, iter_time, data_load_time)
+            norm = -1.0 if grad_norm is None else grad_norm.item()
+            metrics = _metrics(run, speed, norm, lr, data_load_time)
             metrics.update(dist_mean_dict({"loss/out": loss}))
             if get_is_master():
                 metric_logger.log(metrics)
@@ -452,17 +450,22 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
 
 def _forward_backward(run: Run, batch) -> Tensor:
     """Loss of one micro-batch, 0-d and detached; its gradients are added up."""
-    tensor = torch.as_tensor(batch, dtype=torch.long, device=run.device)  # [B, S, views]
+    from torch.distributed.fsdp import FSDPModule
+
+    tensor = torch.as_tensor(batch, dtype=torch.long)  # [B, S, views]
+    if run.device.type == "cuda":
+        # From other memory it would be copied once the device has nothing else to do.
+        tensor = tensor.pin_memory().to(run.device, non_blocking=True)
     loss = run.model(tensor[:, :, 0].contiguous(), tensor[:, :, 1].contiguous())
     # Gradients are exchanged once an optimizer step, with the last micro-batch.
-    if run.args.grad_acc_steps > 1:
+    if run.args.grad_acc_steps > 1 and isinstance(run.model, FSDPModule):
         run.model.set_requires_gradient_sync(run.state.acc_step == 0)
     (loss / run.args.grad_acc_steps).backward()
     return loss.detach()
 
 
-def _optimizer_step(run: Run) -> float:
-    """Clip, step, count. Returns the norm of the gradient before clipping."""
+def _optimizer_step(run: Run) -> Tensor:
+    """Clip, step, count. Returns the norm of the gradient before clipping, 0-d, on the device."""
     from torch.distributed.tensor import DTensor
 
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=run.args.optim.clip)
@@ -471,7 +474,7 @@ def _optimizer_step(run: Run) -> float:
     run.scheduler.step()
     run.optimizer.zero_grad()
     run.state.step += 1
-    return norm.item()
+    return norm
 
 
 def _is_log_step(args: TrainArgs, state: TrainState) -> bool:
@@ -502,16 +505,14 @@ def _any_rank(flag: bool) -> bool:
 def _metrics(
     run: Run,
     speed: _Speed,
-    loss: float,
     grad_norm: float,
     lr: float,
-    iter_time: float,
     data_load_time: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl, flat, with Lingua's keys; see the loss key's caller."""
     args, state = run.args, run.state
-    tokens = speed.micro_batches * run.tokens_per_micro_batch
-    wps = tokens / (timer() - speed.since)
+    seconds = timer() - speed.since
+    wps = speed.micro_batches * run.tokens_per_micro_batch / seconds
     micro_batches = args.grad_acc_steps * state.step + state.acc_step
     memory = run.memory.get_peak_stats()
     return {
@@ -519,7 +520,8 @@ def _metrics(
         "acc_step": state.acc_step,
         "speed/wps": wps,
         "speed/FLOPS": run.flop_per_token * wps,
-        "speed/curr_iter_time": iter_time,
+        # The mean since the last line: to time a step of its own, the device would be waited for.
+        "speed/curr_iter_time": seconds / speed.micro_batches,
         "speed/data_load_time": data_load_time,
         "optim/grad_norm": grad_norm,
         "optim/lr": lr,

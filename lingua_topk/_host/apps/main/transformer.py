@@ -10,10 +10,10 @@ from lingua.errors import ConfigError
 from lingua.transformer import (
     BaseTransformer,
     BaseTransformerArgs,
+    OutputLinear,
     RMSNorm,
     TiedLinear,
     causal_mask,
-    cross_entropy,
     import_fmha,
     init_trunc_normal,
 )
@@ -88,7 +88,7 @@ class LMTransformer(BaseTransformer):
         if args.weight_tying:
             self.output = TiedLinear(self.tok_embeddings)
         else:
-            self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+            self.output = OutputLinear(args.dim, args.vocab_size)
 
     def forward(
         self,
@@ -105,8 +105,7 @@ class LMTransformer(BaseTransformer):
                 token_values.shape[1], attn_impl, self.sliding_window, token_values.device
             )
         h = super().forward(h, tok_idx=tok_idx, mask=mask, attn_impl=attn_impl)
-        logits = self.output(self.norm(h))  # [B, S, V]
-        return logits if target is None else cross_entropy(logits, target)
+        return self.output(self.norm(h), target)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
