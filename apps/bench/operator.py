@@ -42,13 +42,14 @@ def measure(
     width: int = 1024,
     k: int = 64,
     alpha: float = 0.0,
+    values: str = "survivors",
     dtype: str = "fp32",
     repeats: int = 30,
     save: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure y = TopK(h + update), forward, backward and both, of all that run on a device.
 
-    In turns, in one process, on normal values: `torch.topk` with a threshold mask, `torch.topk`
+    In turns, in one process: `torch.topk` with a threshold mask, `torch.topk`
     with a scatter, the definition, each backend, and the exact kernels of others that are
     installed (rtopk, quack; with a scatter, as they give values and places). `ratio` is the time
     of the first over the time of this one, in the same turn: its median, and the 10th and 90th
@@ -64,29 +65,34 @@ def measure(
         width: values a row, D.
         k: how many of them are kept.
         alpha: annealing coefficient, of the backends; the others are measured in the hard form.
+        values: survivors, h is what TopK left of normal values, as behind another layer; or
+            normal. The update is normal, half as large.
         dtype: fp64, fp32, bf16 or fp16.
         repeats: turns that count; three before them do not.
         save: append rows to apps/bench/results/operator.csv.
 
     Returns: a row for each and each direction.
     """
-    _check(device, rows, width, k, dtype, repeats)
+    _check(device, rows, width, k, values, dtype, repeats)
     h, update, gradient = torch.randn(
         (3, rows, width), generator=torch.Generator().manual_seed(0), dtype=torch.float32
     ).to(device, DTYPES[dtype])
+    if values == "survivors":
+        h = _mask(h, torch.zeros_like(h), k, 0.0)
+    update *= 0.5
     functions = _functions(h)
     for name in list(functions)[3:]:
         _check_correct(name, functions[name], h, update, gradient, k, alpha)
     functions |= _peers_that_run(h, update, k)
     fields = {**origin(), "device": device, "dtype": dtype, "rows": rows, "width": width,
-              "k": k, "alpha": alpha, "repeats": repeats}  # fmt: skip
+              "k": k, "alpha": alpha, "values": values, "repeats": repeats}  # fmt: skip
     bandwidth = _copy_bandwidth(h, repeats) if h.is_cuda else None
     found = []
     for direction in DIRECTIONS:
         seconds = _in_turns(functions, h, update, gradient, k, alpha, direction, repeats)
         found += [
             {**fields, "direction": direction, **row}
-            for row in _rows(seconds, list(functions), _bytes(h, direction), bandwidth)
+            for row in _rows(seconds, list(functions), _bytes(h, direction, alpha), bandwidth)
         ]
     _show(found)
     for row in found if save else []:
@@ -94,11 +100,15 @@ def measure(
     return found
 
 
-def _check(device: str, rows: int, width: int, k: int, dtype: str, repeats: int) -> None:
+def _check(
+    device: str, rows: int, width: int, k: int, values: str, dtype: str, repeats: int
+) -> None:
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device={device!r} is not known: choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no CUDA device here; choose cpu")
+    if values not in ("survivors", "normal"):
+        raise ConfigError(f"values={values!r} is not known: choose survivors or normal")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     if min(rows, repeats) < 1 or not 1 <= k < width:
@@ -249,13 +259,15 @@ def _copy_bandwidth(x: Tensor, repeats: int) -> float:
     return 2 * x.nbytes / float(np.median(seconds[WARM_UP:]))
 
 
-def _bytes(h: Tensor, direction: str) -> float:
+def _bytes(h: Tensor, direction: str, alpha: float) -> float:
     """What has to be read and written, with a bit a value between forward and backward.
+
+    Two where it is annealed: kept or not, and positive or not.
 
     Forward reads h and update and writes y; backward reads a gradient and writes one, which is
     that of both.
     """
-    bits = h.numel() / 8
+    bits = h.numel() * (2 if alpha else 1) / 8
     moved = {"forward": 3 * h.nbytes + bits, "backward": 2 * h.nbytes + bits}
     return moved.get(direction, sum(moved.values()))
 

@@ -107,8 +107,8 @@ def _fastest(x: Tensor) -> Backend:
 
 
 def _is_transformed() -> bool:
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling():  # forward mode cannot be asked about there
+        return torch._C._functorch.peek_interpreter_stack() is not None
     in_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return in_forward_mode or torch._C._are_functorch_transforms_active()
 

@@ -7,9 +7,11 @@ inputs and the thresholds, and selects nothing. The other activations are the de
 expressions around the faster selection.
 """
 
+import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -324,19 +326,22 @@ def _in_chunks(work: Callable[[slice, Array, Array], None], values: Array) -> No
                 work(slice(start, stop), *buffers[:, : stop - start])
 
     threads = min(torch.get_num_threads(), -(-n_rows // step))
-    others = [_pool().submit(share) for _ in range(threads - 1)]
+    others = _submitted(share, threads - 1)
     share()
     for other in others:
         other.result()
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
+def _submitted(work: Callable[[], None], times: int) -> list[Future]:
+    """Threads of the pool that do it; none at the end of the process, when no more may begin."""
+    begun: list[Future] = []
+    with suppress(RuntimeError):
+        for _ in range(times):
+            begun.append(_pool(os.getpid()).submit(work))
+    return begun
 
 
-def _pool() -> ThreadPoolExecutor:
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
     """Threads of this process: a forked one has none of its parent's."""
-    process = os.getpid()
-    if process not in _pools:
-        _pools.clear()
-        _pools[process] = ThreadPoolExecutor(os.cpu_count(), "lingua_topk")
-    return _pools[process]
+    return ThreadPoolExecutor(os.cpu_count(), "lingua_topk")

@@ -3,8 +3,10 @@
 A program takes a row, keeps it in registers and looks for the threshold: it counts how many values
 reach a first guess, right for a normal row, and goes on to a better one, within a bracket that
 closes. It ends as soon as exactly k reach it, or takes the last few values one after the other. Of
-the passes over the row, some four on normal rows (a simulation), and of what a pass costs a value
-(a comparison and a sum), comes the time that is spent beside that of reading and writing.
+the passes over the row and of what a pass costs a value (a comparison and a sum) comes the time
+that is spent beside that of reading and writing. By a simulation they are four on normal rows,
+five to six on those of a small trained model, ten to thirty on rows that are far from normal or
+full of ties; every fourth halves the bracket, so that they end.
 
 The forward pass leaves a bit a value behind, by which backward passes gradients on: nothing is
 selected twice, and of relu nothing else is kept.
@@ -172,7 +174,8 @@ def _load_bits(pointer, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     return (((words[None, :, None] >> _places(BLOCK, VECTOR)) & 1) != 0).reshape(BLOCK)
 
 
-@triton.jit
+# A k of 1 would else become a constant, which has no dtype.
+@triton.jit(do_not_specialize=["k"])
 def _forward_kernel(
     h_pointer, update_pointer, alpha_pointer, y_pointer, bits_pointer, rms_pointer,
     k, guess, unit, epsilon, width,
@@ -263,9 +266,14 @@ def _shape_of(x: Tensor) -> dict[str, Any]:
     """A row of x [..., D] a warp up to 2,048 values, more warps beyond."""
     width, block = x.shape[-1], _block_of(x.shape[-1])
     return {
-        "width": width, "BLOCK": block, "IS_EVEN": block == width, "VECTOR": 16 // x.itemsize,
+        "width": width, "BLOCK": block, "IS_EVEN": block == width,
         "WIDE": x.dtype == torch.float64, "num_warps": max(1, block // 2048),
     }  # fmt: skip
+
+
+def _vector_of(dtype: torch.dtype) -> int:
+    """How many values of y a thread loads at a time, by which the bits lie."""
+    return 16 // dtype.itemsize
 
 
 def _guess_of(width: int, k: int) -> tuple[float, float]:
@@ -305,7 +313,8 @@ def _forward(
             y if alpha is None else _on_device(alpha, h), y, bits, rms,
             k, *_guess_of(width, k), epsilon or 0.0,
             HAS_UPDATE=update is not None, HARD=alpha is None, ACTIVATION=activation,
-            MASKS=bits.shape[-2], HAS_RMS=epsilon is not None, **_shape_of(y),
+            MASKS=bits.shape[-2], HAS_RMS=epsilon is not None, VECTOR=_vector_of(y.dtype),
+            **_shape_of(y),
         )  # fmt: skip
     return y, bits, rms
 
@@ -329,21 +338,24 @@ def _outputs(h, update, alpha, activation, epsilon) -> tuple[Tensor, Tensor, Ten
 
 
 @torch.library.custom_op("lingua_topk::triton_topk_backward", mutates_args=())
-def _backward(gradient: Tensor, bits: Tensor, alpha: Tensor | None) -> Tensor:
-    """The gradient where the first bit is set, alpha times it elsewhere; 0 without the second."""
+def _backward(gradient: Tensor, bits: Tensor, alpha: Tensor | None, vector: int) -> Tensor:
+    """The gradient where the first bit is set, alpha times it elsewhere; 0 without the second.
+
+    vector: of the dtype of y, whatever that of the gradient is.
+    """
     out, width = gradient.new_empty(gradient.shape), gradient.shape[-1]
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(gradient):
         _backward_kernel[(out.numel() // width,)](
             gradient.contiguous(), bits, out if alpha is None else _on_device(alpha, gradient), out,
-            HARD=alpha is None, MASKS=bits.shape[-2], **_shape_of(out),
+            HARD=alpha is None, MASKS=bits.shape[-2], VECTOR=vector, **_shape_of(out),
         )  # fmt: skip
     return out
 
 
 @_backward.register_fake
-def _(gradient, bits, alpha):
+def _(gradient, bits, alpha, vector):
     return gradient.new_empty(gradient.shape)
 
 
@@ -351,6 +363,7 @@ def _save(ctx, inputs, output) -> None:
     h, update, _, alpha, ctx.activation, ctx.epsilon = inputs
     y, bits, rms = output
     ctx.mark_non_differentiable(bits)
+    ctx.vector = _vector_of(y.dtype)
     ctx.dtypes = h.dtype, None if update is None else update.dtype
     needs_x = ctx.activation in ("gelu", "silu")
     x = (h, update) if needs_x else (None, None)
@@ -363,12 +376,12 @@ def _backward_of_forward(ctx, gradient: Tensor, _, rms_gradient: Tensor):
     if ctx.epsilon is not None:
         slope = rms_gradient * rms**3 / y.shape[-1]  # [...]
         gradient = gradient - (slope[..., None] * y).to(gradient.dtype)
-    gradient = _backward(gradient, bits, alpha)
+    gradient = _backward(gradient, bits, alpha, ctx.vector)
     if h is not None:
         wide = torch.promote_types(h.dtype, torch.float32)
         x = h.to(wide) if update is None else wide_sum(h, update)
         # With alpha = 0 nothing infinite may meet a zero: what is dropped has the slope at 0.
-        x = _backward(x, bits, None) if alpha is None else x
+        x = _backward(x, bits, None, ctx.vector) if alpha is None else x
         gradient = _SLOPES[ctx.activation](gradient.to(x.dtype), x)
     of_h, of_update = ctx.dtypes
     return (
@@ -378,11 +391,12 @@ def _backward_of_forward(ctx, gradient: Tensor, _, rms_gradient: Tensor):
 
 
 def _save_mask(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    _, bits, alpha, ctx.vector = inputs
+    ctx.save_for_backward(bits, alpha)
 
 
 def _backward_of_backward(ctx, gradient: Tensor):
-    return _backward(gradient, *ctx.saved_tensors), None, None
+    return _backward(gradient, *ctx.saved_tensors, ctx.vector), None, None, None
 
 
 def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def test_a_backend_that_is_not_correct_is_not_reported(monkeypatch, tmp_path, wr
     [
         ("--device=tpu", "device='tpu' is not known: choose cpu or cuda"),
         ("--dtype=int8", "dtype='int8' is not known"),
+        ("--values=odd", "values='odd' is not known: choose survivors or normal"),
         ("--k=0", "k=0, repeats=30: give at least one row"),
         ("--repeats=0", "repeats=0: give at least one row"),
     ],
@@ -63,7 +64,8 @@ def test_refused_arguments(argument, message):
 def test_bytes_that_have_to_be_moved():
     h = torch.zeros(4, 32, dtype=torch.bfloat16)  # 256 bytes, and 16 of bits
     expected = {"forward": 3 * 256 + 16, "backward": 2 * 256 + 16, "forward+backward": 5 * 256 + 32}
-    assert {name: operator._bytes(h, name) for name in expected} == expected
+    assert {name: operator._bytes(h, name, 0.0) for name in expected} == expected
+    assert operator._bytes(h, "forward", 0.3) == 3 * 256 + 32
 
 
 def test_share_of_a_copys_bandwidth():

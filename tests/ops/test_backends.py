@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lingua_topk.errors import ConfigError
 from lingua_topk.nn import TopK
-from lingua_topk.ops import backends, topk, topk_sum
+from lingua_topk.ops import backends, cpu, topk, topk_sum
 from lingua_topk.ops.cpu import CHUNK, SMALLEST
 from lingua_topk.ops.definition import ACTIVATIONS, topk_definition, topk_sum_definition
 from lingua_topk.stats import FiringStats
@@ -137,8 +137,6 @@ def test_cpu_in_a_forked_process_after_its_threads_have_run(threads):
 
 
 def test_cpu_operators_pass_torchs_own_checks():
-    from lingua_topk.ops import cpu
-
     x, alpha = torch.randn(4, 9, requires_grad=True), torch.tensor(0.3, dtype=torch.float64)
     for update in (None, torch.randn(4, 9, dtype=torch.float64, requires_grad=True)):
         torch.library.opcheck(cpu._hard_relu, (x, update, 3))
@@ -272,6 +270,32 @@ def test_auto_leaves_transformed_functions_to_torch(monkeypatch):
     same(torch.func.vmap(lambda x: topk(x, 2))(x), topk(x, 2))
     _, tangent = torch.func.jvp(lambda x: topk(x, 2), (x,), (torch.ones_like(x),))
     same(tangent, expected)
+
+
+def test_auto_leaves_them_to_torch_in_a_compiled_model_too(monkeypatch):
+    monkeypatch.setattr(backends, "_chosen", "auto")
+    x = torch.randn(SMALLEST // 8, 8)
+    gradient = torch.func.grad(lambda x: topk(x, 2).sum())
+    torch._dynamo.reset()
+    same(torch.compile(gradient, backend="aot_eager", fullgraph=True)(x), gradient(x))
+    torch._dynamo.reset()
+
+
+def test_cpu_at_the_end_of_the_process(threads, monkeypatch):
+    def no_more(process):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(cpu, "_pool", no_more)
+    x = torch.randn(3 * CHUNK // 256, 256)
+    with backends.use("cpu"):
+        same(topk(x, 9), topk_definition(x, 9, 0.0, "relu"))
+
+
+def test_cpu_takes_the_threads_that_it_may(threads):
+    cpu._pool.cache_clear()
+    with backends.use("cpu"):
+        topk(torch.randn(8 * CHUNK // 256, 256), 9)
+    assert (cpu._pool.cache_info().misses > 0) == (threads > 1)
 
 
 def test_a_chosen_backend_runs_whatever_the_size():

@@ -22,6 +22,7 @@ TYPES = {
     "alpha_pointer": "*fp64", "bits_pointer": "*i32", "rms_pointer": "*fp32",
     "k": "i32", "width": "i32", "guess": "fp32", "unit": "fp32", "epsilon": "fp32",
 }  # fmt: skip
+VECTORS = {"bf16": 8, "fp32": 4, "fp64": 2}
 HARD = {"HARD": True, "MASKS": 1, "WIDE": False}
 ANNEALED = {"HARD": False, "MASKS": 2, "WIDE": False}
 FORWARD = {"HAS_UPDATE": True, "ACTIVATION": "relu", "HAS_RMS": False}
@@ -29,7 +30,7 @@ FORWARD = {"HAS_UPDATE": True, "ACTIVATION": "relu", "HAS_RMS": False}
 
 def compiled(kernel, dtype: str, block: int, constants: dict, tmp_path) -> tuple[str, str]:
     """PTX, and what the assembler tells of it."""
-    shape = {"BLOCK": block, "VECTOR": 4 if dtype == "fp32" else 8, "IS_EVEN": True}
+    shape = {"BLOCK": block, "VECTOR": VECTORS[dtype], "IS_EVEN": True}
     constants = {**constants, **shape}
     names = kernel.arg_names
     signature = {
@@ -52,15 +53,17 @@ def compiled(kernel, dtype: str, block: int, constants: dict, tmp_path) -> tuple
         ("bf16", 2048, {**FORWARD, **HARD, "HAS_RMS": True}),
         ("bf16", 2048, {**FORWARD, **ANNEALED}),
         ("fp32", 8192, {**FORWARD, **HARD}),
+        ("fp64", 1024, {**FORWARD, **HARD, "WIDE": True}),
     ],
-    ids=["1024", "2048 with rms", "2048 annealed", "8192 in fp32"],
+    ids=["1024", "2048 with rms", "2048 annealed", "8192 in fp32", "1024 in fp64"],
 )
 def test_forward_keeps_a_row_in_registers(dtype, block, constants, tmp_path):
     ptx, told = compiled(triton_topk._forward_kernel, dtype, block, constants, tmp_path)
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", told), told
     assert ".local" not in ptx
     # Rows are read and written 16 bytes a thread at a time.
-    assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and re.search(r"st\.global\S*\.v4\.b32", ptx)
+    for moved in ("ld", "st"):
+        assert re.search(rf"{moved}\.global\S*\.(v4\.b32|v2\.b64)", ptx)
     # Subnormal values are values.
     assert not re.search(r"setp\.\w+\.ftz|add\.\S*ftz", ptx)
 
@@ -75,3 +78,10 @@ def test_backward_keeps_a_row_in_registers(tmp_path):
 def test_a_row_in_one_warp_never_waits_for_another(tmp_path):
     ptx, _ = compiled(triton_topk._forward_kernel, "bf16", 1024, {**FORWARD, **HARD}, tmp_path)
     assert "bar.sync" not in ptx and "ld.shared" not in ptx
+
+
+def test_an_argument_of_one_stays_a_number():
+    """Triton makes constants of arguments that are 1, which have no dtype to be converted."""
+    kernel = triton_topk._forward_kernel
+    (k,) = [parameter for parameter in kernel.params if parameter.name == "k"]
+    assert k.do_not_specialize

@@ -83,6 +83,8 @@ CASES = [
     (37, 5, 1.0, torch.float32, "relu", few_rows),
     *((37, 5, alpha, torch.float32, f, few_rows) for alpha in (0.0, 0.3) for f in OTHERS),
     (37, 5, 0.3, torch.bfloat16, "silu", few_rows),
+    # Of these x is kept, wider than y, and masked by y's bits.
+    *((70, 9, 0.0, dtype, "silu", few_rows) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 
@@ -176,7 +178,7 @@ def test_torchs_own_checks_of_an_operator():
     torch.library.opcheck(triton_topk._forward, (x, x.detach(), 3, alpha, "relu", 1e-5))
     torch.library.opcheck(triton_topk._forward, (x, None, 3, None, "silu", None))
     bits = torch.ones(4, 1, 1, dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(triton_topk._backward, (x, bits, alpha))
+    torch.library.opcheck(triton_topk._backward, (x, bits, alpha, 4))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
