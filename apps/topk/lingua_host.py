@@ -89,6 +89,7 @@ def validate(args: Any) -> None:
     if not is_lingua():
         return
     check_device()
+    _validate_loss()
     _validate_data(args)
     _validate_processes(args)
     if args.eval is None:
@@ -116,6 +117,16 @@ def check_device() -> None:
         raise HostError(
             f"the {host.bound().describe()} needs a CUDA device, and there is none: set"
             f" {host.HOST_VARIABLE}=embedded, which runs on CPUs too"
+        )
+
+
+def _validate_loss() -> None:
+    """ConfigError for a loss that is asked for of the embedded host, which alone has others."""
+    loss = os.environ.get("LINGUA_TOPK_LOSS") or "auto"
+    if loss not in ("auto", "plain"):
+        raise ConfigError(
+            f"LINGUA_TOPK_LOSS={loss}: Meta Lingua has its own loss alone: leave it out, or set"
+            f" {host.HOST_VARIABLE}=embedded"
         )
 
 
