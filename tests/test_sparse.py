@@ -11,6 +11,7 @@ from lingua.transformer import RMSNorm
 from lingua_topk import TopKArgs, topk_handle
 from lingua_topk.errors import ConfigError
 from lingua_topk.sparse import SparseDecoding, feed_forward, projections
+from lingua_topk.sparse.copies import FeatureMajor
 from lingua_topk.steering import Add, Clamp, steer
 from tests.apps.small_models import small_model
 
@@ -159,6 +160,19 @@ def test_hooks_on_the_projections_act_and_see(always, products):
         torch.testing.assert_close(run(model), expected, **TOLERANCE)
     for linear, x in dense.items():
         torch.testing.assert_close(seen[linear], x, **TOLERANCE)
+    assert len(products) == 1  # of the other block
+
+
+@pytest.mark.parametrize("name", ["wq", "wk", "wv"])
+def test_hooks_that_change_the_input_in_place_act(name, always, products):
+    model = small_model(**SHAPES["residual"])
+    plain = run(model)
+    linear = getattr(model.layers[1].attention, name)
+    linear.register_forward_pre_hook(lambda _, inputs: inputs[0].mul_(2.0).dim() // 9 or None)
+    expected = run(model)
+    with SparseDecoding(model).active():
+        torch.testing.assert_close(run(model), expected, **TOLERANCE)
+    assert not torch.allclose(expected, plain, **TOLERANCE) and len(products) == 1
 
 
 def test_hooks_on_the_feed_forward_see_the_product_that_is_gathered_no_more(always, products):
@@ -187,6 +201,12 @@ def test_another_input_gets_a_product_of_its_own(always):
         torch.testing.assert_close(attention.wv(x.view_as(x)), x @ attention.wv.weight.t())
         x.add_(1.0)  # the product of what it was has been taken
         torch.testing.assert_close(attention.wv(x), x @ attention.wv.weight.t())
+        x = torch.randn(32, 32, dtype=torch.float64)
+        attention.wq(x)
+        for same_start in (x[:5], x.t()):
+            torch.testing.assert_close(
+                attention.wk(same_start), same_start @ attention.wk.weight.t()
+            )
 
 
 def test_rows_with_nan_are_nan(model, always, products):
@@ -247,15 +267,50 @@ def test_copies_of_weights_are_made_once_and_anew_when_they_change(always):
     assert decoding.copied_bytes == 2 * 32 * 96 * 8
 
 
-def test_weights_made_in_inference_mode_are_copied_every_time(always):
+def test_a_weight_in_the_memory_of_another_is_seen():
+    linear = nn.Linear(512, 512, bias=False)
+    copied, addresses = FeatureMajor([linear]), set()
+    for _ in range(10):
+        addresses.add(linear.weight.data_ptr())
+        copied.forget_if_changed()
+        assert torch.equal(copied.get().t(), linear.weight)
+        linear.weight = None  # its memory is given to the next
+        linear.weight = nn.Parameter(torch.randn(512, 512))
+    assert len(addresses) < 10
+
+
+def test_after_a_fused_step_the_copies_are_to_be_forgotten(always):
+    model = small_model(**SHAPES["residual"]).requires_grad_(True)
+    decoding = SparseDecoding(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    with decoding.active():
+        run(model)
+    model(TOKENS).square().mean().backward()
+    optimizer.step()
+    expected = run(model)
+    decoding.forget()
+    with decoding.active():
+        torch.testing.assert_close(run(model), expected, **TOLERANCE)
+
+
+def test_of_weights_made_in_inference_mode_a_copy_is_kept_too(always):
     with torch.inference_mode():
         model = small_model(**SHAPES["residual"])
         decoding = SparseDecoding(model)
+        expected = model(TOKENS)
         for _ in range(2):
-            expected = model(TOKENS)
             with decoding.active():
                 torch.testing.assert_close(model(TOKENS), expected, **TOLERANCE)
-            model.layers[1].attention.wv.weight.mul_(2.0)
+            copies = [part.copy.get() for part in decoding._parts.values()]
+        with decoding.active():
+            pass
+        for part, copied in zip(decoding._parts.values(), copies, strict=True):
+            assert part.copy.get() is copied
+        model.layers[1].attention.wv.weight.mul_(2.0)
+        expected = model(TOKENS)
+        decoding.forget()  # which torch does not count
+        with decoding.active():
+            torch.testing.assert_close(model(TOKENS), expected, **TOLERANCE)
 
 
 def test_all_is_given_back_after_an_exception_and_contexts_nest(model, always, products):
@@ -271,14 +326,163 @@ def test_all_is_given_back_after_an_exception_and_contexts_nest(model, always, p
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_copy_of_the_model_is_dense_or_its_own(model, always):
+@pytest.mark.parametrize("how", ["copied", "saved"])
+def test_a_copy_of_the_model_made_within_is_dense(how, model, always, products, tmp_path):
+    expected = run(model)
     with SparseDecoding(model).active():
-        twin = copy.deepcopy(model)
+        if how == "copied":
+            twin = copy.deepcopy(model)
+        else:
+            torch.save(model, tmp_path / "model")
+            twin = torch.load(tmp_path / "model", weights_only=False)
+        assert torch.equal(run(twin), expected) and not products
+        run(model)
+    assert len(products) == 2
+    own = copy.deepcopy(model)
+    for parameter in (*twin.layers.parameters(), *own.layers.parameters()):
+        parameter.mul_(1.5)
+    changed = run(own)
+    assert not torch.allclose(changed, expected, **TOLERANCE)
+    for one in (twin, copy.deepcopy(twin)):
+        assert torch.equal(run(one), changed)
+        with SparseDecoding(one).active():
+            torch.testing.assert_close(run(one), changed, **TOLERANCE)
+    assert torch.equal(run(model), expected)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OtherTensor(torch.Tensor):
+    """As sharded weights are: a parameter that is no plain one."""
+
+
+def adapt(module):
+    module.__class__ = Adapted
+
+
+def bias(module):
+    module.bias = nn.Parameter(torch.ones(module.out_features).double())
+
+
+def other_weight(module):
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(OtherTensor))
+
+
+def mark_compiled(module):
+    module._compiled_call_impl = module._call_impl
+
+
+def replace_forward(module):
+    own = module.forward
+    module.forward = lambda *inputs, **more: own(*inputs, **more)
+
+
+def hook_everywhere(_):
+    return torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+
+
+def of_the_block(model, site):
+    """What is gathered with in layers.1, and what its forward is replaced of."""
+    block = model.layers[1]
+    if site == "mlp":
+        return [block.feed_forward.w2, block.feed_forward.w3], block.feed_forward
+    return [block.attention.wq, block.attention.wk, block.attention.wv], None
+
+
+@pytest.mark.parametrize("site", ["residual", "mlp"])
+@pytest.mark.parametrize(
+    "change", [adapt, bias, other_weight, mark_compiled, replace_forward], ids=lambda f: f.__name__
+)
+def test_what_is_no_plain_product_any_more_stays_dense(site, change, always, products):
+    """Each of the projections in turn, changed after the decoding was made; the others gather."""
+    for place in range(3 if site == "residual" else 2):
+        model = small_model(**SHAPES[site])
+        decoding = SparseDecoding(model)
+        change(of_the_block(model, site)[0][place])
         expected = run(model)
-    torch.testing.assert_close(run(twin), expected, **TOLERANCE)
-    for parameter in twin.layers.parameters():
-        parameter.data.zero_()
-    torch.testing.assert_close(run(model), expected, **TOLERANCE)
+        with decoding.active():
+            torch.testing.assert_close(run(model), expected, **TOLERANCE)
+        assert len(products) == 1
+        products.clear()
+
+
+@pytest.mark.parametrize("change", [mark_compiled, replace_forward], ids=lambda f: f.__name__)
+def test_a_feed_forward_that_is_not_its_own_stays_dense(change, always, products):
+    model = small_model(**SHAPES["mlp"])
+    change(model.layers[1].feed_forward)
+    expected = run(model)
+    with SparseDecoding(model).active():
+        torch.testing.assert_close(run(model), expected, **TOLERANCE)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("site", ["residual", "mlp"])
+def test_parts_that_were_replaced_are_seen(site, always, products):
+    for place in range(3 if site == "residual" else 2):
+        model = small_model(**SHAPES[site])
+        decoding = SparseDecoding(model)
+        with decoding.active():
+            run(model)
+        products.clear()
+        old = of_the_block(model, site)[0][place]
+        owner = model.layers[1].attention if site == "residual" else model.layers[1].feed_forward
+        name = next(name for name, one in owner.named_children() if one is old)
+        new = nn.Linear(old.in_features, old.out_features, bias=False, dtype=torch.float64)
+        setattr(owner, name, new.requires_grad_(False))
+        expected = run(model)
+        with decoding.active():
+            torch.testing.assert_close(run(model), expected, **TOLERANCE)
+        assert len(products) == 1
+        products.clear()
+
+
+def test_a_model_whose_topk_was_taken_out_is_dense(model, always, products):
+    decoding = SparseDecoding(model)
+    topk_handle(model).restore()
+    expected = run(model)
+    with decoding.active():
+        assert torch.equal(run(model), expected)
+    assert not products
+
+
+def test_hooks_on_all_modules_are_called(model, always, products):
+    handle = hook_everywhere(model)
+    try:
+        expected = run(model)
+        with SparseDecoding(model).active():
+            assert torch.equal(run(model), expected)
+    finally:
+        handle.remove()
+    assert not products
+
+
+def test_what_was_compiled_is_left_alone(model, always, products):
+    decoding = SparseDecoding(model)
+    expected = run(model)
+    mark_compiled(model.layers[1])
+    with decoding.active():
+        torch.testing.assert_close(run(model), expected, **TOLERANCE)
+    assert len(products) == 1
+    mark_compiled(model)
+    with decoding.active():
+        assert torch.equal(run(model), expected)
+    assert len(products) == 1
+
+
+def test_what_is_compiled_around_the_model_is_dense(model, always, products):
+    expected = run(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with SparseDecoding(model).active():
+        found = run(compiled)
+    assert not products
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    for parameter in model.layers.parameters():
+        parameter.mul_(1.5)
+    torch.testing.assert_close(run(compiled), run(model), **TOLERANCE)
 
 
 def test_models_that_are_not_known():

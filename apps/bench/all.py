@@ -33,7 +33,13 @@ TESTS = {
         "tests/host/test_loss.py",
         "tests/bench/test_bench_training.py",
     ),
-    "decoding": ("tests/apps/test_generation.py", "tests/apps/test_decoding.py"),
+    "decoding": (
+        "tests/apps/test_generation.py",
+        "tests/apps/test_inference.py",
+        "tests/apps/test_decoding.py",
+        "tests/ops/test_gathered.py",
+        "tests/test_sparse.py",
+    ),
     "startup": (),
 }
 

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 # Slots of the cache that a recorded step looks at are a multiple of it: one recording for so many
 # tokens.
 SLOTS_AT_ONCE = 256
-# Steps of a batch that are run by calls before one is recorded, which takes as long as a few:
-# rows come and go, and each time the batch is another.
+# Steps of a batch that are run by calls before one is recorded: rows come and go, each time the
+# batch is another, and to record takes as long as a few steps (a guess, not measured).
 FIRST_BY_CALLS = 3
 
 
@@ -53,7 +53,7 @@ class DecodingStep:
         self._window = window_of(model)
         self._watch = Watch(model)
         self._n_steps = 0
-        self._recorded: tuple[int, Callable[[], Tensor]] | None = None
+        self._n_recorded, self._replay = 0, None  # slots, and what runs a step that looks at them
 
     def run(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Read one token of each row, at its position; the hidden states, [B, D].
@@ -66,10 +66,11 @@ class DecodingStep:
         if not self._can_be_recorded():
             return self._body(n_slots)
         n_slots = min(-(-n_slots // SLOTS_AT_ONCE) * SLOTS_AT_ONCE, self._cache.length)
-        if self._recorded is None or self._recorded[0] != n_slots:
-            self._recorded = None  # its memory goes first
-            self._recorded = n_slots, recorded(lambda: self._body(n_slots))
-        return self._recorded[1]()
+        if self._n_recorded != n_slots:
+            self._replay = None  # its memory goes first
+            self._replay = recorded(lambda: self._body(n_slots), self._inputs.device)
+            self._n_recorded = n_slots
+        return self._body(n_slots) if self._replay is None else self._replay()
 
     def _body(self, n_slots: int) -> Tensor:
         tokens, positions = self._inputs  # [B, 1] each
@@ -109,24 +110,38 @@ class Watch:
         return any(self._hooks) or any(topk.stats is not None for topk in self._counting)
 
 
-def recorded(body: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What does the same as body, by a CUDA graph; body itself where it cannot be recorded."""
+def recorded(body: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor] | None:
+    """What does the same as body, by a CUDA graph on this device; None if it cannot be recorded.
+
+    It does not hold body. torch.OutOfMemoryError where there is no memory for it.
+    """
     try:
-        stream = torch.cuda.Stream()
-        # Once by calls: kernels are compiled and workspaces made, which is not to be recorded.
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            body()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = body()
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        # The current stream is set again by us: torch leaves its own where a recording fails.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            result = _record(body, graph, stream)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         logger.info("decoding runs without a CUDA graph: %s", str(error).partition("\n")[0])
-        return body
+        return None
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return result
 
     return replay
+
+
+def _record(
+    body: Callable[[], Tensor], graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream
+) -> Tensor:
+    """Record body on a stream of the current device; the buffer that a replay writes."""
+    # Once by calls: kernels are compiled and workspaces made, which is not to be recorded.
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        body()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        return body()

@@ -89,8 +89,8 @@ def generate(
         batch_tokens: tokens that are kept in memory at once, prompts included; a batch has as
             many texts as fit.
         sparse: where it is faster, read of the weights behind TopK layers only what the
-            survivors meet. It takes memory for a second copy of those weights, about a fifth of
-            the model; the texts are the same, but for the rounding of sums.
+            survivors meet. Meanwhile it takes memory for a second copy of those weights, about a
+            fifth of the model; the texts are the same, but for the rounding of sums.
 
     Raises: ConfigError for an argument that is not allowed, CheckpointError for a checkpoint
     that cannot be used.
@@ -131,9 +131,10 @@ def generate(
             else:
                 _write(out, results, len(texts), _origin(checkpoint, sampling, dtype, place))
     except torch.OutOfMemoryError:
+        also = ", --sparse=False" if sparse else ""
         raise ConfigError(
-            f"batch_tokens={batch_tokens} does not fit into the memory of {place}: give less, or"
-            " a smaller --dtype"
+            f"batch_tokens={batch_tokens} does not fit into the memory of {place}: give less{also},"
+            " or a smaller --dtype"
         ) from None
 
 

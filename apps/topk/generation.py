@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 # Elements of the mask of a piece of the prompts.
 MASK_ELEMENTS = 2**24
 # Steps with one token a row that sparse decoding begins to pay with: to lay out the weights of a
-# block for it takes as long as about 25 dense products with them (D = 2048, fp32, on a CPU).
-SPARSE_FROM = 32
+# block for it, once a call, takes as long as 12 to 50 dense products with them (D = 1024 and 2048,
+# fp32, one thread of a CPU that had other work too).
+SPARSE_FROM = 64
 
 OnText = Callable[[int, str], None]
 
@@ -82,10 +83,12 @@ class Generator:
             slow, and plainly what is meant.
         sparse: where a model has TopK, generated tokens read only those weights behind it that
             are needed, if that is faster: see `lingua_topk.sparse.SparseDecoding`, memory too.
-            It changes nothing but the rounding of a sum.
+            The copies of weights that it takes are made anew in each call, and given back at its
+            end. It changes nothing but the rounding of a sum.
 
     Attributes:
-        sparse_from: steps that a call must be able to take, for it to decode sparsely.
+        sparse: whether it may decode sparsely.
+        sparse_from: steps that a call must be able to take, for it to do so.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Generator:
         self.eos_id = _special(tokenizer, "eos_id")
         self.use_cache = use_cache
         self.sparse_from = SPARSE_FROM
-        self._sparse = _sparse_decoding(model) if sparse and use_cache else None
+        self.sparse = sparse and use_cache
 
     def generate(
         self,
@@ -155,13 +158,15 @@ class Generator:
             self.check(prompt, index)
         results: dict[int, Generation] = {}
         batches = list(self._batches(list(map(len, ids)), sampling.max_tokens))
-        pays = len(batches) * sampling.max_tokens >= self.sparse_from
+        pays = self.sparse and len(batches) * sampling.max_tokens >= self.sparse_from
+        # Of this call alone: until the next one the weights may change, or the modules.
+        sparse = _sparse_decoding(self.model) if pays else None
         for indices, slots in batches:
             batch = [
                 self._row(index, texts[index], ids[index], sampling, draws[index])
                 for index in indices
             ]
-            for row, piece in self._run(batch, slots, sampling, self._sparse if pays else None):
+            for row, piece in self._run(batch, slots, sampling, sparse):
                 if piece and on_text is not None:
                     on_text(row.index, piece)
                 if row.reason:

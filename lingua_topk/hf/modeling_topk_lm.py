@@ -156,7 +156,7 @@ class TopKLMDecoderLayer(LlamaDecoderLayer):
                 self.mlp.act_fn = TopKLMTopK(config)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        """hidden_states and the result: [B, S, D]; the rest as LlamaDecoderLayer takes it."""
+        """hidden_states and the result: [B, S, D]; the rest by name, as Llama's model passes it."""
         if self.topk is None:
             return super().forward(hidden_states, **kwargs)
         # Llama's own block would add the last part before TopK sees it.

@@ -16,6 +16,7 @@ from torch import nn
 from lingua_topk.errors import ConfigError
 from lingua_topk.patch import TopKHandle, topk_handle
 from lingua_topk.sparse.feed_forward import SparseFeedForward
+from lingua_topk.sparse.modules import is_compiled
 from lingua_topk.sparse.projections import SparseProjections
 
 
@@ -24,14 +25,22 @@ class SparseDecoding:
 
     Within `active()` what stands behind TopK gathers where that is faster, whoever runs the
     model: by the number of rows, so that a prompt of many tokens is read as ever. Hooks on all
-    modules act as ever. The first block, blocks behind others than TopK layers, annealed layers
-    (alpha above 0), training, autocast and what is compiled or sharded stay dense.
+    modules act as ever; where they wait at a product that would be gathered, it stays dense. So
+    do the first block, blocks behind others than TopK layers, annealed layers (alpha above 0),
+    training, autocast, what is compiled or sharded, a part that has been replaced since, and a
+    copy of the model that is made within.
+
+    One thread at a time: while it is active, modules of the model are not as they were, for
+    whichever thread runs them.
 
     Memory, beside the model: of a block behind a residual TopK layer a copy of q, k and v, 3 D^2
     weights (with grouped heads less); of a block with a TopK gate one of w2, F D weights. They
-    are made when a block gathers for the first time, and kept until `forget`. They are made anew
-    at the next `active()` once a weight has been replaced, or changed in place; not if it was
-    changed through `.data`, which leaves no trace: call `forget` then.
+    are made when a block gathers for the first time, and kept until `forget`.
+
+    Within `active()` no weight may change. Once one has been replaced, or changed in place, the
+    copies are made anew at the next `active()`; but what leaves no trace in torch is not seen:
+    a step of a fused optimizer, a change through `.data` or of weights that were made in
+    inference mode. Call `forget` then.
 
     Args:
         model: a host's LMTransformer with TopK; it may stand inside a wrapper.
@@ -46,7 +55,7 @@ class SparseDecoding:
             raise ConfigError(
                 f"{type(model).__name__} has no TopK: there is nothing sparse in it to decode with"
             )
-        self._parts = _parts_of(handle)
+        self._model, self._parts = handle.model, _parts_of(handle)
 
     @property
     def layers(self) -> list[int]:
@@ -67,8 +76,10 @@ class SparseDecoding:
     def active(self) -> Iterator[None]:
         """Within it the model decodes sparsely; behind it all is as before."""
         with ExitStack() as undo:
-            for part in self._parts.values():
-                undo.enter_context(part.active())
+            for layer, part in self._parts.items():
+                # What is compiled would be compiled anew.
+                if not is_compiled(self._model) and not is_compiled(self._model.layers[layer]):
+                    undo.enter_context(part.active())
             yield
 
 
@@ -81,7 +92,7 @@ def _parts_of(handle: TopKHandle) -> dict[int, SparseProjections | SparseFeedFor
             for layer, topk in handle.modules.items()
         }
     return {
-        layer + 1: SparseProjections(blocks[layer + 1], topk, f"layers.{layer + 1}")
+        layer + 1: SparseProjections(blocks[layer + 1], blocks[layer], topk, f"layers.{layer + 1}")
         for layer, topk in handle.modules.items()
         if layer + 1 < len(blocks)
     }

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from lingua_topk.nn import TopK
 from lingua_topk.ops.gathered import gathered, pays_off
-from lingua_topk.sparse.copies import FeatureMajor, check_linear, could_gather, is_plain
+from lingua_topk.sparse.copies import FeatureMajor
+from lingua_topk.sparse.modules import (
+    StandIn,
+    check_linear,
+    could_gather,
+    holds,
+    is_hooked,
+    is_plain,
+)
 
 _NAMES = ("wq", "wk", "wv")
 
@@ -23,43 +31,47 @@ class _Pending:
 
     def take(self, name: str, x: Tensor) -> Tensor | None:
         """The result of that projection of x, once; None where it is not of this x."""
-        mine = (self.x.data_ptr(), self.x.shape, self.x.stride(), self.x.dtype)
-        is_same = mine == (x.data_ptr(), x.shape, x.stride(), x.dtype)
-        return self.results.pop(name, None) if is_same else None
+        # Not `is`: Lingua's own attention gives each of them a view of its own.
+        return self.results.pop(name, None) if x.is_set_to(self.x) else None
 
 
 class SparseProjections:
     """When q is asked for, all three are taken of one fused weight, and the others wait.
 
-    ConfigError for an attention without the three of them. topk: of the block before.
+    ConfigError for an attention without the three of them. topk: the one in the block before.
     """
 
-    def __init__(self, block: nn.Module, topk: TopK, where: str):
-        attention = getattr(block, "attention", None)
-        self._linears = {name: getattr(attention, name, None) for name in _NAMES}
+    def __init__(self, block: nn.Module, before: nn.Module, topk: TopK, where: str):
+        self._attention = getattr(block, "attention", None)
+        self._linears = {name: getattr(self._attention, name, None) for name in _NAMES}
         for name, linear in self._linears.items():
             check_linear(linear, f"{where}.attention.{name}")
-        self._topk = topk
+        self._before, self._topk = before, topk
         self.copy = FeatureMajor(list(self._linears.values()))  # [D, Oq + Ok + Ov]
         self._pending: _Pending | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        if not all(map(is_plain, self._linears.values())):
+        if not self._can_stand_in():
             yield  # what another has replaced or compiled is left to it
             return
         self.copy.forget_if_changed()
-        # Bound methods, which a copy of the model that is made within takes along as its own.
         forwards = (self._queries, self._keys, self._values)
         for linear, forward in zip(self._linears.values(), forwards, strict=True):
-            # An attribute of the instance hides the method of its class until it is deleted.
-            linear.forward = forward
+            linear.forward = StandIn(linear, forward)
         try:
             yield
         finally:
             self._pending = None
             for linear in self._linears.values():
                 del linear.forward
+
+    def _can_stand_in(self) -> bool:
+        return (
+            holds(self._before, {"topk": self._topk})
+            and holds(self._attention, self._linears)
+            and all(map(is_plain, self._linears.values()))
+        )
 
     def _queries(self, x: Tensor) -> Tensor:
         """x: [..., D], as all three take it."""
@@ -81,9 +93,11 @@ class SparseProjections:
         return F.linear(x, self._linears[name].weight) if found is None else found
 
     def _gathers(self, x: Tensor) -> bool:
-        n_outputs = sum(linear.out_features for linear in self._linears.values())
+        linears = self._linears.values()
         return (
-            self._topk.alpha == 0
-            and could_gather(x, self._linears["wq"].weight)
-            and pays_off(x, n_outputs, self._topk.k)
+            could_gather(x, self._linears["wq"].weight)
+            and self._topk.alpha == 0
+            # A hook of one of them may change x, in place too, behind the product of all three.
+            and not any(map(is_hooked, linears))
+            and pays_off(x, sum(linear.out_features for linear in linears), self._topk.k)
         )

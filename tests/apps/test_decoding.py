@@ -1,5 +1,10 @@
 """The step of one token a row: sparse and dense, called and (as if) recorded, in float64."""
 
+import gc
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +16,7 @@ from apps.topk.sampling import Sampling
 from lingua.tokenizer import ByteTokenizer
 from lingua_topk import topk_handle
 from lingua_topk.sparse import SparseDecoding, feed_forward, projections
+from lingua_topk.sparse.copies import FeatureMajor
 from lingua_topk.steering import Add, steer
 from tests.apps.small_models import SHAPES, small_model
 
@@ -42,7 +48,7 @@ def recordings(monkeypatch):
     """Steps are recorded, as far as that goes without a GPU: their body runs, into one buffer."""
     made = []
 
-    def recorded(body):
+    def recorded(body, device):
         result = body().clone()
         made.append(0)
 
@@ -169,11 +175,134 @@ def test_what_cannot_be_recorded_is_called(caplog):
         pytest.skip("it can")
     caplog.set_level("INFO")
 
-    def body():
+    assert decoding.recorded(lambda: torch.ones(2), torch.device("cuda")) is None
+    assert "decoding runs without a CUDA graph: " in caplog.text
+
+
+def test_where_no_step_can_be_recorded_texts_are_the_same(recordings, monkeypatch):
+    model = small_model(**SHAPES["residual"])
+    expected, asked = generate(model), []
+    monkeypatch.setattr(decoding, "recorded", lambda *_: asked.append(1))
+    assert generate(model) == expected
+    assert len(asked) < 20  # once a batch and range of slots, not at every step
+
+
+def test_a_step_is_recorded_and_run_on_its_own_device(monkeypatch):
+    """With stand-ins for what needs a GPU."""
+    now, seen, other = {"device": "the first", "stream": "its own"}, [], torch.device("cuda", 1)
+
+    @contextmanager
+    def setting(what, value):
+        before, now[what] = now[what], value
+        yield
+        now[what] = before
+
+    @contextmanager
+    def graph(_, stream):
+        with setting("stream", f"recording on {stream.name}"):
+            yield
+
+    def note():
+        seen.append((now["device"], now["stream"]))
         return torch.ones(2)
 
-    assert decoding.recorded(body) is body
-    assert "decoding runs without a CUDA graph: " in caplog.text
+    stands_in = {
+        "Stream": lambda device: SimpleNamespace(name="aside", wait_stream=lambda _: None),
+        "CUDAGraph": lambda: SimpleNamespace(replay=note),
+        "device": lambda device: setting("device", device),
+        "stream": lambda stream: setting("stream", stream.name),
+        "current_stream": lambda *_: SimpleNamespace(name="its", wait_stream=lambda _: None),
+        "graph": graph,
+    }
+    for name, stand_in in stands_in.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replay = decoding.recorded(note, other)
+    assert seen == [(other, "aside"), (other, "recording on aside")]
+    assert now == {"device": "the first", "stream": "its own"}
+    assert replay().tolist() == [1, 1] and seen[2:] == [(other, "its own")]
+
+
+def test_memory_that_is_lacking_is_told(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding.recorded(lambda: torch.ones(2), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("can_be_recorded", [True, False])
+def test_a_step_that_is_over_holds_no_memory(can_be_recorded, monkeypatch):
+    monkeypatch.setattr(decoding, "records", lambda device: True)
+    replay = (lambda: torch.zeros(1, 32)) if can_be_recorded else None
+    monkeypatch.setattr(decoding, "recorded", lambda body, device: replay)
+    model, cache = small_model(**SHAPES["residual"]), KVCache(3, 30)
+    step = DecodingStep(model, cache, torch.tensor([1]), torch.arange(1))
+    held = weakref.ref(cache)
+    with no_collection(), torch.no_grad():
+        for position in range(6):
+            step.run([5], [position])
+        del step, cache
+        assert held() is None
+
+
+# Nothing outlives a call.
+
+
+@contextmanager
+def no_collection():
+    """What is let go within is gone at once, or part of a cycle."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_copies_of_weights_are_given_back(gathers, monkeypatch):
+    made, own = [], SparseDecoding
+    monkeypatch.setattr(
+        generation, "SparseDecoding", lambda model: made.append(weakref.ref(it := own(model))) or it
+    )
+    generator = Generator(small_model(**SHAPES["residual"]), ByteTokenizer())
+    with no_collection():
+        for n_calls in (1, 2):
+            generator.generate(PROMPTS, GREEDY)
+            assert len(made) == n_calls and gathers
+            assert made[-1]() is None
+
+
+@pytest.mark.parametrize("shape", ["residual", "mlp"])
+def test_weights_may_change_between_calls(shape, gathers):
+    """In ways that leave no trace."""
+    model = small_model(**SHAPES[shape]).requires_grad_(True)
+    generator = Generator(model, ByteTokenizer())
+    before = generator.generate(PROMPTS, GREEDY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
+    model(torch.arange(20)[None]).square().mean().backward()
+    optimizer.step()
+    dense = generate(model, sparse=False)
+    assert generator.generate(PROMPTS, GREEDY) == dense != before
+    for block in model.layers:
+        block.feed_forward.w2.weight.data.mul_(-1.0)
+    dense = generate(model, sparse=False)
+    assert generator.generate(PROMPTS, GREEDY) == dense
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_weights_are_laid_out_once_a_call(inference, gathers, monkeypatch):
+    laid_out, own = [], FeatureMajor.get
+
+    def noting(copy):
+        laid_out.extend([copy] * (copy.nbytes == 0))
+        return own(copy)
+
+    with torch.inference_mode(inference):
+        model = small_model(**SHAPES["residual"])
+    generator = Generator(model, ByteTokenizer())
+    monkeypatch.setattr(FeatureMajor, "get", noting)
+    generator.generate(PROMPTS, GREEDY)
+    assert len(laid_out) == len(set(laid_out)) == 2  # blocks
 
 
 @pytest.mark.gpu
@@ -183,10 +312,29 @@ def test_a_gpu_generates_the_same(shape, gathers):
     model = small_model(**SHAPES[shape])
     expected = generate(model, sparse=False)
     recorded, own = [], decoding.recorded
-    decoding.recorded = lambda body: recorded.append(own(body)) or recorded[-1]
+    decoding.recorded = lambda *inputs: recorded.append(own(*inputs)) or recorded[-1]
     try:
         assert generate(model.cuda()) == expected
     finally:
         decoding.recorded = own
     # None fell back to calls.
-    assert recorded and all(one.__name__ == "replay" for one in recorded)
+    assert recorded and None not in recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_gpu_that_is_not_the_current_one(gathers):
+    model = small_model(**SHAPES["residual"])
+    expected = generate(model, sparse=False)
+    assert generate(model.to("cuda:1")) == expected
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_after_a_recording_that_fails_the_stream_is_the_same():
+    device = torch.device("cuda", torch.cuda.current_device())
+    x, stream = torch.ones(2, device=device), torch.cuda.current_stream()
+    assert decoding.recorded(lambda: x * x.sum().item(), device) is None  # which waits
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(decoding.recorded(lambda: 2 * x, device)(), 2 * x)

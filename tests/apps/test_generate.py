@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from apps.topk import export, generate, terminal
+from apps.topk import export, generate, generation, terminal
 from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.generation import Generation, Generator
 from apps.topk.sampling import MAX_SEED, Sampling
@@ -25,6 +25,7 @@ from apps.topk.train import train
 from lingua_topk.errors import CheckpointError, ConfigError
 from lingua_topk.hf import register
 from lingua_topk.hf.modeling_topk_lm import TopKLMRMSNorm
+from lingua_topk.sparse import SparseDecoding
 from tests.apps.tiny import train_args, write_corpus
 
 KINDS = {
@@ -92,19 +93,17 @@ def test_a_single_text_is_shown_with_its_prompt(runs, capsys):
 
 
 def test_sparse_decoding_can_be_turned_off(runs, capsys, monkeypatch):
-    seen, own = [], Generator.__init__
-
-    def noting(self, *arguments, **more):
-        own(self, *arguments, **more)
-        seen.append(self._sparse)
-
-    monkeypatch.setattr(Generator, "__init__", noting)
-    arguments = ("--ckpt", runs / "topk", "--prompt", "The quick", "--max_tokens", 40)
+    seen = []
+    monkeypatch.setattr(
+        generation, "SparseDecoding", lambda model: seen.append(SparseDecoding(model)) or seen[-1]
+    )
+    arguments = ("--ckpt", runs / "topk", "--prompt", "The quick", "--max_tokens", 70)
     run(*arguments, "--dtype", "fp64")
+    assert len(seen) == 1 and seen[0].layers
     run(*arguments, "--dtype", "fp64", "--sparse", "False")
     out = capsys.readouterr().out
     assert out == 2 * out[: len(out) // 2]
-    assert seen[0].layers and seen[1] is None
+    assert len(seen) == 1
 
 
 def test_several_prompts_and_completions(runs, capsys, tmp_path):

@@ -73,6 +73,14 @@ def test_the_exported_model_lies_on_the_same_memory():
     )
 
 
+def test_what_a_text_costs_once_is_not_counted():
+    """Tokens of 1, 2, 4, 8 and 16 seconds."""
+    times = [1.0, 3.0, 7.0, 15.0, 31.0]
+    ways = {"one": lambda prompts, tokens: ([[0]], times)}
+    assert decoding._in_turns(ways, [[0]], 5, 2, 2)[0].tolist() == [[28 / 3]] * 2
+    assert decoding._in_turns(ways, [[0]], 5, 1, 4)[0].tolist() == [[16.0]]
+
+
 def test_what_the_bytes_allow():
     width, hidden, vocab = 128, 512, 60
     block = 4 * width**2 + 3 * width * hidden + 2 * width
@@ -95,7 +103,7 @@ def test_what_the_bytes_allow():
         ("--dtype=int8", "dtype='int8' is not known"),
         ("--site=both", "site='both' is not known: choose residual or mlp"),
         ("--dim=100", "dim=100 is not allowed: give a multiple of 128"),
-        ("--tokens=1", "tokens=1 is too small: give at least 2"),
+        ("--tokens=2", "tokens=2 is too small: give at least 3"),
         ("--layers=2", "layers=2 is too small: give at least 3"),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,8 +171,23 @@ def test_where_it_pays(rows, width, found, expected):
     x = torch.zeros(rows, 1, width)
     x[..., :found] = 1.0  # in each row
     assert pays_off(x, 3 * width, 64) is expected
-    # On a GPU nothing is counted: by what k says.
-    assert not pays_off(x.to("meta"), 3 * width, 64)
+    assert not pays_off(x.to("meta"), 3 * width, 64)  # where nothing gathers
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "k", "expected"),
+    [(1, 1024, 512, True), (1, 1024, 513, False), (16, 2048, 64, True), (17, 2048, 64, False)],
+)
+def test_where_it_pays_on_a_gpu(monkeypatch, rows, width, k, expected):
+    """By what k says: nothing is counted, which would wait for the GPU."""
+    monkeypatch.setattr(gathered_module, "_HAS_TRITON", True)
+    x = SimpleNamespace(
+        shape=(rows, 1, width), numel=lambda: rows * width, dtype=torch.bfloat16, is_cuda=True,
+        device=torch.device("cuda"),
+    )  # fmt: skip
+    assert pays_off(x, 3 * width, k) is expected
+    monkeypatch.setattr(gathered_module, "_HAS_TRITON", False)
+    assert not pays_off(x, 3 * width, k)
 
 
 @pytest.mark.parametrize(
