@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 MASK_ELEMENTS = 2**24
 # Steps with one token a row that sparse decoding begins to pay with: to lay out the weights of a
 # block for it, once a call, takes as long as 12 to 50 dense products with them (D = 1024 and 2048,
-# fp32, one thread of a CPU that had other work too).
-SPARSE_FROM = 64
+# fp32, one thread of a CPU that had other work too). Whole calls of 32 to 96 tokens took as long
+# either way there (0.9 to 1.1 times, D = 512 and 1024, two threads).
+SPARSE_FROM = 128
 
 OnText = Callable[[int, str], None]
 
