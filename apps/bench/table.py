@@ -95,7 +95,7 @@ def _operator_lines() -> Iterable[Line]:
     cases = [("cpu", "fp32", 2048, 1024), ("cuda", "bf16", 65536, 1024),
              ("cuda", "bf16", 65536, 2048)]  # fmt: skip
     for (device, dtype, rows, width), direction, alpha in product(
-        cases, ("forward", "backward"), ("0.0", "0.5")
+        cases, ("forward", "backward", "forward+backward"), ("0.0", "0.5")
     ):
         on_gpu, form = device == "cuda", "hard" if alpha == "0.0" else "annealed"
         with_target = direction == "forward" and form == "hard"
