@@ -171,7 +171,8 @@ def _run_all(
                 what = f"tests of {job.part}"
                 results.append((what, of_tests[job.part], time.monotonic() - start))
         if of_tests[job.part] != "done":
-            results.append((str(job), "not measured: its tests are not green", 0.0))
+            why = f"not measured, its tests: {of_tests[job.part]}"
+            results.append((str(job), why, 0.0))
             continue
         print(f"[{number}/{len(chosen)}] {job}", flush=True)
         start = time.monotonic()

@@ -107,6 +107,7 @@ def _check(
         raise ConfigError(f"device={device!r} is not known: choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch sees no CUDA device here; choose cpu")
+    backends.chosen()  # all that can run are measured, but a variable that is wrong is told
     if values not in ("survivors", "normal"):
         raise ConfigError(f"values={values!r} is not known: choose survivors or normal")
     if dtype not in DTYPES:
