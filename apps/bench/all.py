@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from apps.bench.devices import check_device
 from apps.topk import cli
 from apps.topk.corpus import flags
 from apps.topk.provenance import ROOT
@@ -78,7 +78,7 @@ def measure(
 
     Returns: what failed, a line each.
     """
-    _check_device(device)
+    check_device(device)
     parts = _parts(part)
     if budget_s < 0:
         raise ConfigError(f"budget_s={budget_s:g} is too small: give seconds, or 0 for no limit")
@@ -86,13 +86,6 @@ def measure(
     results = _run_all(chosen, device, time.monotonic() + (budget_s or float("inf")), save)
     _show(results)
     return [f"{what}: {outcome}" for what, outcome, _ in results if outcome != "done"]
-
-
-def _check_device(device: str) -> None:
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r} is not known: choose cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch sees no CUDA device here; choose cpu")
 
 
 def _parts(part: str) -> list[str]:

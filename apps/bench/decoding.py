@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from apps.bench.devices import check_device
 from apps.bench.rows import RESULTS, append, origin
 from apps.topk import cli
 from apps.topk.checkpoint import DTYPES
@@ -110,10 +111,7 @@ def _check(
     device: str, dim: int, layers: int, vocab: int, k: int, batch: int, prompt: int, tokens: int,
     dtype: str, site: str, repeats: int,
 ) -> None:  # fmt: skip
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r} is not known: choose cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch sees no CUDA device here; choose cpu")
+    check_device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     if site not in ("residual", "mlp"):

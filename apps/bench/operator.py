@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from apps.bench.devices import check_device
 from apps.bench.peers import peers
 from apps.bench.rows import RESULTS, append, origin
 from apps.topk import cli
@@ -103,10 +104,7 @@ def measure(
 def _check(
     device: str, rows: int, width: int, k: int, values: str, dtype: str, repeats: int
 ) -> None:
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r} is not known: choose cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch sees no CUDA device here; choose cpu")
+    check_device(device)
     backends.chosen()  # all that can run are measured, but a variable that is wrong is told
     if values not in ("survivors", "normal"):
         raise ConfigError(f"values={values!r} is not known: choose survivors or normal")

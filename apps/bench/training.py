@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from apps.bench.devices import check_device
 from apps.bench.rows import RESULTS, append, origin
 from apps.bench.training_check import check_small_runs, check_timed_losses
 from apps.bench.training_variants import (
@@ -137,10 +138,7 @@ def _check_host() -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r} is not known: choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch sees no CUDA device here; choose cpu")
+    check_device(name)
     if name == "cpu" and torch.cuda.is_available():
         raise ConfigError(
             "device=cpu: training takes the GPU where there is one; set CUDA_VISIBLE_DEVICES="
