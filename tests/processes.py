@@ -49,6 +49,15 @@ def run(
     return subprocess.CompletedProcess(words, status, stdout, stderr)
 
 
+def results(count: int, module: str, folder: Path) -> list[dict]:
+    """What each process of a module, given the folder, saved there as RANK.pt; none may fail."""
+    import torch
+
+    done = run(count, module, folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
 def _ask(request: dict) -> int:
     server = _server()
     server.stdin.write(json.dumps(request) + "\n")

@@ -199,10 +199,7 @@ def model_args(model: LMTransformer) -> LMTransformerArgs:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
     """The results of both, by rank."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    done = processes.run(2, "tests.host.test_loss", folder)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(2, "tests.host.test_loss", tmp_path_factory.mktemp("two_processes"))
 
 
 @needs_torchs

@@ -149,10 +149,9 @@ def program(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
     """The results of both, by rank."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    done = processes.run(2, "tests.host.test_parallel", folder)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(
+        2, "tests.host.test_parallel", tmp_path_factory.mktemp("two_processes")
+    )
 
 
 @pytest.fixture(scope="module")
