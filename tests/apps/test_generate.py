@@ -97,7 +97,8 @@ def test_sparse_decoding_can_be_turned_off(runs, capsys, monkeypatch):
     monkeypatch.setattr(
         generation, "SparseDecoding", lambda model: seen.append(SparseDecoding(model)) or seen[-1]
     )
-    arguments = ("--ckpt", runs / "topk", "--prompt", "The quick", "--max_tokens", 70)
+    arguments = ("--ckpt", runs / "topk", "--prompt", "The quick")
+    arguments += ("--max_tokens", generation.SPARSE_FROM)
     run(*arguments, "--dtype", "fp64")
     assert len(seen) == 1 and seen[0].layers
     run(*arguments, "--dtype", "fp64", "--sparse", "False")
