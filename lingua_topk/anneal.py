@@ -1,4 +1,5 @@
-"""Schedules of alpha: from 1 to 0 over the first part of training, 0 from then on."""
+"""Schedules of alpha, from 1 to 0 over the first part of training and 0 from then on; and what
+alpha does when it is k that is annealed."""
 
 import math
 from collections.abc import Callable
@@ -32,6 +33,21 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "exponential": _exponential,
     "step": _step,
 }
+
+
+# What alpha softens: what TopK cuts away, or how many components it keeps.
+ANNEALED = ("alpha", "k")
+
+
+def kept_at(alpha: float, k: int, width: int) -> int:
+    """How many of `width` components are kept at `alpha` where k is annealed.
+
+    All of them at 1, k at 0, and between the two geometrically, round(k^(1 - alpha) width^alpha):
+    what is cut away a step is a share of what is left. k where it is not below `width`.
+    """
+    if alpha == 0 or k >= width:
+        return k
+    return min(max(round(k ** (1.0 - alpha) * width**alpha), k), width)
 
 
 def alpha_at(step: int, n_steps: int, anneal_ratio: float, schedule: str = "linear") -> float:

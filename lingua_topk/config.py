@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Optional
 
-from lingua_topk.anneal import SCHEDULES
+from lingua_topk.anneal import ANNEALED, SCHEDULES
 from lingua_topk.errors import ConfigError
 from lingua_topk.ops.topk import check_activation, check_k
 
@@ -31,6 +31,9 @@ class TopKArgs:
     anneal_ratio: float = 0.2
     # How it falls: linear, cosine, exponential or step.
     anneal_schedule: str = "linear"
+    # What it softens. "alpha": of a row, what is not selected is scaled by alpha. "k": it is cut,
+    # and k falls from the width of the row, geometrically.
+    annealed: str = "alpha"
     # The blocks that get TopK, by index, in place of all but the last `n_last_nontopk`.
     layers: Optional[list[int]] = None  # noqa: UP045 (OmegaConf 2.3 reads this spelling only)
     # A neuron that did not fire for this many tokens, all processes counted, is dead.
@@ -47,6 +50,7 @@ class TopKArgs:
         check_activation(self.activation, "model.topk.activation")
         _check_share("model.topk.anneal_ratio", self.anneal_ratio)
         _check_choice("model.topk.anneal_schedule", self.anneal_schedule, tuple(SCHEDULES))
+        _check_choice("model.topk.annealed", self.annealed, ANNEALED)
         _check_layers(self.layers)
         _check_least("model.topk.dead_window", self.dead_window, 1)
         if n_layers is not None:

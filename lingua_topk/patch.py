@@ -221,7 +221,8 @@ def _patch_parts(parts: list[nn.Module], args: TopKArgs) -> None:
     try:
         for part in parts:
             derived = _derived(patch, type(part))
-            part.topk = TopK(args.k, args.activation).train(part.training)
+            topk = TopK(args.k, args.activation, anneals_k=args.annealed == "k")
+            part.topk = topk.train(part.training)
             part.__class__ = derived
     except BaseException:
         for part in parts:

@@ -1,10 +1,10 @@
-"""The schedules of alpha, value by value and at their ends."""
+"""The schedules of alpha, value by value and at their ends; and k where it is annealed."""
 
 import math
 
 import pytest
 
-from lingua_topk.anneal import SCHEDULES, alpha_at
+from lingua_topk.anneal import SCHEDULES, alpha_at, kept_at
 from lingua_topk.errors import ConfigError
 
 FALLING = ("linear", "cosine", "exponential")
@@ -77,3 +77,15 @@ def test_unknown_schedule():
         ConfigError, match="anneal_schedule='cubic' is not known: choose one of lin"
     ):
         alpha_at(0, 10, 0.2, "cubic")
+
+
+def test_k_falls_geometrically_from_the_width():
+    assert [kept_at(alpha, 16, 256) for alpha in (1.0, 0.75, 0.5, 0.25, 0.0)] == [
+        256, 128, 64, 32, 16,
+    ]  # fmt: skip
+    kept = [kept_at(alpha / 100, 3, 50) for alpha in range(101)]
+    assert kept == sorted(kept) and (kept[0], kept[-1]) == (3, 50)
+
+
+def test_k_stays_where_it_is_not_below_the_width():
+    assert {kept_at(alpha, 8, 4) for alpha in (0.0, 0.5, 1.0)} == {8}

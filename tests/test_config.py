@@ -34,6 +34,7 @@ def test_defaults_are_the_published_ones():
         ("anneal_ratio", math.nan, r"[0, 1]"),
         ("anneal_ratio", "0.2", r"[0, 1]"),
         ("anneal_schedule", "cubic", "choose one of linear, cosine, exponential, step"),
+        ("annealed", "layers", "choose one of alpha, k"),
         ("layers", [], "list at least one"),
         ("layers", [0, 0], "give different indices"),
         ("layers", [-1], "counted from 0"),

@@ -19,6 +19,7 @@ import lingua_topk.patch
 from apps.main.transformer import LMTransformer, LMTransformerArgs
 from lingua.transformer import FeedForward, TransformerBlock
 from lingua_topk import TopKArgs, apply_topk, topk_handle
+from lingua_topk.anneal import kept_at
 from lingua_topk.errors import ConfigError
 from lingua_topk.nn import TopK
 from lingua_topk.ops import backends
@@ -299,11 +300,11 @@ def test_a_failure_midway_leaves_the_model_alone(site, name, monkeypatch):
     before = structure(model)
     original, calls = getattr(lingua_topk.patch, name), []
 
-    def failing(*arguments):
+    def failing(*arguments, **named):
         calls.append(arguments)
         if len(calls) == 2:
             raise MemoryError("out of memory")
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(lingua_topk.patch, name, failing)
     with pytest.raises(MemoryError, match="out of memory"):
@@ -357,6 +358,21 @@ def test_alpha():
         with pytest.raises(ConfigError, match=r"alpha=.* is out of range: .* in \[0, 1\]"):
             handle.alpha = value
     assert handle.alpha == 1.0
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_where_k_is_annealed_alpha_keeps_more_and_scales_nothing(site, alpha):
+    model = build(dtype=torch.float64)
+    args = TopKArgs(k=5, site=site, annealed="k")
+    handle = apply_topk(model, args)
+    handle.alpha = alpha
+    width = DIM if site == "residual" else model.layers[0].feed_forward.w1.out_features
+    hard = replace(args, k=kept_at(alpha, 5, width))
+    assert (hard.k == 5, hard.k == width) == (alpha == 0, alpha == 1)
+    weights = dict(model.named_parameters())
+    expected = logits_by_definition(weights, model.rope_embeddings.freqs_cis, hard, 0.0, (0, 1))
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_training_mode_is_that_of_the_block():

@@ -92,6 +92,12 @@ def _check_annealed(checkpoint: "Checkpoint", as_trained: bool) -> None:
             f" {checkpoint.alpha:.3f}, not 0): export a later one, or give --as_trained true for a"
             " model with that alpha"
         )
+    topk = checkpoint.model_args.topk
+    if checkpoint.alpha > 0 and topk is not None and topk.annealed == "k":
+        raise CheckpointError(
+            f"ckpt={str(checkpoint.folder)!r} lies inside the annealing of k, which an exported model"
+            " does not know: export a later one"
+        )
 
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -169,6 +169,7 @@ MISTAKES = [
     ("model.topk.activation=tanh", "model.topk.activation='tanh' is not known"),
     ("model.topk.anneal_ratio=2", "model.topk.anneal_ratio=2.0 is out of range"),
     ("model.topk.anneal_schedule=slow", "model.topk.anneal_schedule='slow' is not known"),
+    ("model.topk.annealed=layers", "model.topk.annealed='layers' is not known"),
     ("optim.scheduler=nope", "optim.scheduler='nope' is not known"),
     ("optim.clip=0", "optim.clip=0.0 is not allowed"),
     ("distributed.dp_shard=3", "distributed.dp_shard=3 does not divide the 1 processes"),

@@ -10,12 +10,13 @@ import torch
 
 import apps.main.eval as eval_module
 import apps.main.train as train_module
-from apps.topk import cli, seam
+from apps.topk import cli, export, seam
+from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.model import TopKTrainArgs, TopKTransformer
 from apps.topk.train import train
 from lingua_topk import topk_handle
-from lingua_topk.anneal import alpha_at
-from lingua_topk.errors import HostError
+from lingua_topk.anneal import alpha_at, kept_at
+from lingua_topk.errors import CheckpointError, HostError
 from tests.apps.tiny import K, read_metrics, train_args, write_corpus
 
 TOKENS_A_STEP = 4 * 32
@@ -113,6 +114,23 @@ def test_after_annealing_k_neurons_fire(whole_run):
         for layer in (0, 1):
             assert line[f"topk/l0/{layer}"] == pytest.approx(K, abs=0.05)
     assert metrics[0]["topk/l0/0"] > 2 * K  # alpha = 1: a plain ReLU
+
+
+def test_where_k_is_annealed_the_counts_are_those_of_its_schedule(corpus, tmp_path):
+    identity = "model.topk.activation=identity"  # of which every survivor is counted
+    train(train_args(corpus, tmp_path / "run", "model.topk.annealed=k", identity))
+    for line in read_metrics(tmp_path / "run"):
+        kept = kept_at(alpha_at(line["global_step"] - 1, 30, 0.5), K, 32)
+        assert line["topk/l0/0"] == pytest.approx(kept, abs=0.05)
+    newest = open_checkpoint(newest_checkpoint(tmp_path / "run"))
+    assert newest.alpha == 0 and newest.model_args.topk.annealed == "k"
+    inside = open_checkpoint(tmp_path / "run/checkpoints/0000000010")
+    module = topk_handle(inside.model("cpu", torch.float32, as_trained=True)).modules[0]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    assert (module(x) != 0).sum(-1).tolist() == [kept_at(alpha_at(10, 30, 0.5), K, 32)] * 3
+    with pytest.raises(CheckpointError, match="inside the annealing of k"):
+        arguments = ["--ckpt", str(inside.folder), "--out", str(tmp_path / "hf")]
+        export.main([*arguments, "--as_trained", "true"])
 
 
 def test_counts_equal_those_of_a_naive_observer(corpus, tmp_path, monkeypatch):
@@ -284,6 +302,7 @@ REPLACED = [
     (train_module, "build_optimizer"),
     (train_module, "dist_mean_dict"),
     (train_module, "every_n_steps"),
+    (train_module, "CheckpointManager"),
     (eval_module, "EvalArgs"),
     (eval_module, "launch_eval"),
 ]
