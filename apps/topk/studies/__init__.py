@@ -1,0 +1,1 @@
+"""Several runs from one config, made, judged and put side by side."""

@@ -1,0 +1,148 @@
+"""The config of a study, and the runs that it makes."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from omegaconf import OmegaConf
+
+from apps.topk import cli
+from lingua_topk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apps.topk.model import TopKTrainArgs
+
+PROGRAM = "apps.topk.study"
+EVALUATION = "evals/study"  # in the dump_dir of a run
+# What is drawn at random in a run: its batches, its weights.
+SEEDS = ("seed", "model.seed", "data.seed")
+
+
+@dataclass
+class StudyArgs:
+    """What is trained, how it is judged, and which of it is read."""
+
+    # Holds a folder a run, and the tables.
+    dump_dir: str = ""
+    # The config of apps.topk.train that all runs share, and keys of it for all of them.
+    train: str = ""
+    set: list[str] = field(default_factory=list)
+    # By name, the keys in which a run differs.
+    runs: dict[str, list[str]] = field(default_factory=dict)
+    # The run that the others are compared with.
+    twin: str = "vanilla"
+    # Every run once with each; without any, once with the seeds of its config.
+    seeds: list[int] = field(default_factory=list)
+    # How many run at the same time; of the cores each has its share.
+    parallel: int = 1
+    # The config of apps.topk.eval for the last checkpoint of every run, and keys for it.
+    eval: str = "configs/eval/validation.yaml"
+    eval_set: list[str] = field(default_factory=list)
+    # The run whose neurons are read and steered and of which a page is made (with the first seed);
+    # with the flags of apps.topk.analyze and apps.topk.steer_eval.
+    read: Optional[str] = None  # noqa: UP045 (OmegaConf 2.3 reads this spelling only)
+    analyze: dict[str, Any] = field(default_factory=dict)
+    steer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study.
+
+    Attributes:
+        kind: its name in the study, which runs of several seeds share.
+        seed: None for that of the config.
+        folder: its dump_dir.
+        words: what apps.topk.train is called with.
+        steps: that it trains.
+    """
+
+    kind: str
+    seed: int | None
+    folder: Path
+    words: tuple[str, ...]
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """Its last one, in training's layout."""
+        return self.folder / "checkpoints" / f"{self.steps:010d}"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / EVALUATION
+
+
+def check(args: StudyArgs) -> None:
+    """ConfigError for what can be said of a study without its runs' configs."""
+    for name in ("dump_dir", "train", "eval"):
+        if not getattr(args, name):
+            raise ConfigError(f"{name} is missing: a study needs dump_dir, train, runs and eval")
+    if not args.runs:
+        raise ConfigError("runs is empty: name at least one, as in topk: []")
+    for name in args.runs:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ConfigError(
+                f"runs: {name!r} cannot be a folder's name: use letters, digits, -, _ and dots"
+            )
+    if args.twin not in args.runs:
+        raise ConfigError(f"twin={args.twin} is none of the runs: choose of {', '.join(args.runs)}")
+    if args.read is not None and args.read not in args.runs:
+        raise ConfigError(f"read={args.read} is none of the runs: choose of {', '.join(args.runs)}")
+    if args.parallel < 1:
+        raise ConfigError(f"parallel={args.parallel} is too small: give at least 1")
+    if len(set(args.seeds)) != len(args.seeds):
+        raise ConfigError(f"seeds={list(args.seeds)} has one twice: give different ones")
+
+
+def runs_of(args: StudyArgs) -> list[Run]:
+    """All runs, seed by seed; ConfigError where one of them cannot be trained.
+
+    The configs are checked as far as that is possible before their text is there.
+    """
+    check(args)
+    return list(_runs(args))
+
+
+def _runs(args: StudyArgs) -> Iterator[Run]:
+    from apps.topk.model import TopKTrainArgs
+
+    for seed in args.seeds or [None]:
+        for kind, keys in args.runs.items():
+            name = kind if seed is None else f"{kind}-seed{seed}"
+            folder = Path(args.dump_dir, name)
+            seeded = [] if seed is None else [f"{key}={seed}" for key in SEEDS]
+            words = [
+                f"config={args.train}", *args.set, *keys, *seeded, f"name={name}",
+                f"dump_dir={folder}",
+            ]  # fmt: skip
+            config = cli.read_config(TopKTrainArgs, f"run {kind}", "", argv=words)
+            _check_run(kind, config, is_twin=kind == args.twin)
+            yield Run(kind, seed, folder, tuple(words), config.steps)
+
+
+def _check_run(kind: str, config: "TopKTrainArgs", is_twin: bool) -> None:
+    if config.steps < 1:
+        raise ConfigError(f"runs.{kind}: steps={config.steps} is too small: give at least 1")
+    if config.model.topk is not None:
+        config.model.topk.validate(config.model.n_layers)
+    if is_twin and config.model.topk is not None:
+        raise ConfigError(
+            f"runs.{kind} is the twin and has TopK: give it model.topk=null, or name another twin"
+        )
+
+
+def read_arguments(argv: list[str], description: str) -> StudyArgs:
+    """The study of `config=FILE key=value ...`; mappings as plain Python."""
+    args = cli.read_config(StudyArgs, PROGRAM, description, argv=argv)
+    for name in ("analyze", "steer", "runs"):
+        value = getattr(args, name)
+        if OmegaConf.is_config(value):
+            setattr(args, name, OmegaConf.to_container(value))
+    return args
