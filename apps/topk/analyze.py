@@ -122,7 +122,8 @@ def analyze(
         batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
         out=Path(out).expanduser() if out else arguments.folder_in_run(checkpoint, FOLDER),
     )  # fmt: skip
-    compared = analysis.run()
+    with cli.alone(analysis.out, "out"):
+        compared = analysis.run()
     if quiet:
         print("\n".join(compared["conclusion"]))
     else:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apps.main.transformer import LMTransformer
 from apps.topk.cli import one_line
+from apps.topk.lingua_host import check_without_code
 from apps.topk.model import TopKTransformer, TopKTransformerArgs
 from lingua.args import dataclass_from_dict
 from lingua.checkpoint import load_from_checkpoint
@@ -200,6 +201,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     damage = find_damage(folder) if (folder / METADATA_NAME).is_file() else None
     if damage:
         raise CheckpointError(f"ckpt_dir={folder} is damaged: {damage}: use another checkpoint")
+    check_without_code(folder)
     return Checkpoint(
         folder=folder, params=params, model_args=_model_args(folder, params), step=_step(folder)
     )

@@ -4,7 +4,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -149,11 +149,12 @@ def launch_eval(args: EvalArgs) -> dict[str, dict[str, Any]]:
     )
     evaluation = _Evaluation(args, checkpoint, dtype, _steering(args, checkpoint))
     evaluation.load()  # what is wrong with the weights is known before anything is written
-    in_the_first(evaluation.begin)
-    with evaluation.steered():
-        evaluation.run_tasks()
-        results = {} if plan is None else evaluation.validate(plan)
-    evaluation.finish()
+    with ExitStack() as stack:
+        in_the_first(lambda: evaluation.begin(stack))
+        with evaluation.steered():
+            evaluation.run_tasks()
+            results = {} if plan is None else evaluation.validate(plan)
+        evaluation.finish()
     return results
 
 
@@ -223,8 +224,11 @@ class _Evaluation:
         has_bos = getattr(self.tokenizer, "bos_id", None) is not None
         self.add_bos = has_bos and bool(checkpoint.params["data"].get("add_bos", True))
 
-    def begin(self) -> None:
-        """What is written in the end can be written: better known before the work than after."""
+    def begin(self, stack: ExitStack) -> None:
+        """What is written in the end can be written: better known before the work than after.
+
+        The folder is this evaluation's alone until `stack` ends.
+        """
         for name in ("metric_log_dir", "dump_dir"):
             folder = getattr(self.args, name)
             try:
@@ -235,6 +239,7 @@ class _Evaluation:
                 raise ConfigError(
                     f"{name}={folder} cannot be written ({error.strerror}): give another folder"
                 ) from None
+        stack.enter_context(cli.alone(self.folder, "dump_dir"))
         files.begin(self.folder, self.checkpoint.folder, self.steer)
 
     def load(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from apps.topk import cli
 from apps.topk.corpus import flags
 from apps.topk.corpus.output import publish
@@ -109,8 +111,12 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
         for path in new.rglob("*"):
             _sync(path)
         publish(new, folder, replace=False)
-    except OSError as error:
-        raise ConfigError(f"out={str(folder)!r} cannot be written: {error}") from None
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
+            raise
+        raise ConfigError(
+            f"out={str(folder)!r} cannot be written: {error}: {cli.MAKE_ROOM}"
+        ) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua_topk import host
-from lingua_topk.errors import ConfigError, HostError
+from lingua_topk.errors import CheckpointError, ConfigError, HostError
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ def validate(args: Any) -> None:
     _validate_loss()
     _validate_data(args)
     _validate_processes(args)
+    if args.checkpoint.init_ckpt_path:
+        check_without_code(Path(args.checkpoint.init_ckpt_path))
     if args.eval is None:
         return
     if args.async_eval_gpus is not None:
@@ -118,6 +120,20 @@ def check_device() -> None:
             f"the {host.bound().describe()} needs a CUDA device, and there is none: set"
             f" {host.HOST_VARIABLE}=embedded, which runs on CPUs too"
         )
+
+
+def check_without_code(folder: Path) -> None:
+    """CheckpointError for a distributed checkpoint with more than data in it.
+
+    Lingua loads by torch's own reader, which runs what its pickles say.
+    """
+    if not is_lingua() or not (folder / ".metadata").is_file():
+        return
+    from lingua_topk._host.lingua._index import find_code
+
+    problem = find_code(folder)
+    if problem:
+        raise CheckpointError(f"{folder} is not loaded: {problem}: use another checkpoint")
 
 
 def _validate_loss() -> None:
@@ -190,10 +206,13 @@ def set_aside_damaged(args: Any) -> None:
     import torch.distributed as dist
 
     from lingua.distributed import get_is_master
+    from lingua_topk._host.lingua._index import find_code
 
     if get_is_master():
-        for folder in _checkpoints(args):
-            problem = _damage(folder)
+        is_newest = True
+        for folder in reversed(_checkpoints(args)):
+            problem = _damage(folder) or (find_code(folder) if is_newest else None)
+            is_newest = is_newest and problem is not None
             if problem:
                 aside = folder.with_name(f"damaged_{folder.name}")
                 logger.warning("%s is set aside as %s: %s", folder, aside.name, problem)
@@ -254,6 +273,10 @@ class Stops(dict):
     def requeue(self) -> None:
         """Lingua's own, where it can be and is wanted."""
         if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ and not self._ends:
+            if "SLURM_ARRAY_TASK_ID" in os.environ:
+                # One element has the array's own number, by which all would be requeued.
+                element = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+                os.environ["SLURM_JOB_ID"] = element
             self._requeue()
         else:
             logger.info("saved; start the run again to go on")

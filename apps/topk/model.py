@@ -24,6 +24,11 @@ class TopKTrainArgs(TrainArgs):
     # Steps that are saved besides those of `checkpoint`, and never deleted: a trace of how
     # neurons come about needs the early ones.
     save_at: list[int] = field(default_factory=list)
+    # What a gradient that is NaN or infinite does: stop (the run ends, its checkpoints are from
+    # before) or skip (the step is left out and counted).
+    nonfinite: str = "stop"
+    # What files of the data that are not as they were when the run began do: refuse or accept.
+    changed_data: str = "refuse"
     # Of the tokenizer's file; training fills it in, so that another file is noticed later.
     tokenizer_sha256: Optional[str] = None  # noqa: UP045
 

@@ -127,7 +127,7 @@ def prepare(
         else:
             manifest = make(folder, inputs, sources, memory_mb * MB, overwrite)
     except OSError as error:
-        raise ConfigError(f"out={out!r} cannot be written: {error}") from None
+        raise ConfigError(f"out={out!r} cannot be written: {error}: {cli.MAKE_ROOM}") from None
     print(summary(out, manifest))
     return manifest
 

@@ -99,7 +99,8 @@ def report(
         write_text(path, content)
     except OSError as error:
         raise ConfigError(
-            f"out={out!r} cannot be written ({error.strerror}): choose another --out"
+            f"out={out!r} cannot be written ({error.strerror}): make room there, or choose another"
+            " --out"
         ) from None
     n_neurons = sum(layer.width for layer in data.layers)
     size = len(content.encode()) / 1e6

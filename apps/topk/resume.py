@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "dump_dir",
     "steps",
     "save_at",
+    "nonfinite",
+    "changed_data",
     "gc_collect_freq",
     "probe_freq",
     "async_eval_gpus",

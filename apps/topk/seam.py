@@ -7,13 +7,15 @@ checked before any is replaced, and all are put back on exit.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from apps.topk import lingua_host
+from apps.topk import lingua_host, nonfinite
 from apps.topk.annealing import AnnealingScheduler, ResumableScheduler
 from apps.topk.model import TopKTrainArgs, TopKTransformer
 from lingua_topk import topk_handle
+from lingua_topk._host.lingua._lock import held
 from lingua_topk.errors import HostError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,9 @@ class Seam:
         self._every_n_steps = _lookup(train_module, "every_n_steps")
         self._build_optimizer = _lookup(train_module, "build_optimizer")
         self._dist_mean_dict = _lookup(train_module, "dist_mean_dict")
+        self._manager = _lookup(train_module, "CheckpointManager")
         self.annealing: AnnealingScheduler | None = None
+        self.guard: nonfinite.Guard | None = None
         self.stops: lingua_host.Stops | None = None
 
         from apps.topk.eval import EvalArgs, launch_eval
@@ -51,12 +55,16 @@ class Seam:
             (train_module, "build_optimizer", self.build_optimizer),
             (train_module, "dist_mean_dict", self.dist_mean_dict),
             (train_module, "every_n_steps", self.every_n_steps),
+            (train_module, "CheckpointManager", self._guarded_manager()),
             (eval_module, "EvalArgs", EvalArgs),
             (eval_module, "launch_eval", launch_eval),
         ]
         if lingua_host.is_lingua():
             self.stops = lingua_host.Stops(_lookup(train_module, "requeue_slurm_job"))
+            self._folders = contextlib.ExitStack()
+            self._dump_config = _lookup(train_module, "dump_config")
             self.replacements += [
+                (train_module, "dump_config", self.dump_config),
                 (train_module, "preemption_flag", self.stops),
                 (train_module, "requeue_slurm_job", self.stops.requeue),
             ]
@@ -73,11 +81,42 @@ class Seam:
         if self.stops is not None:
             self.stops.listen()
         self._started()
+        self.guard = nonfinite.Guard(self._args.nonfinite, model, optimizer, scheduler)
         handle = topk_handle(model)
         if handle is None:
-            return optimizer, ResumableScheduler(scheduler, self._resumed)
-        self.annealing = AnnealingScheduler(scheduler, handle, n_steps, self._resumed)
-        return optimizer, self.annealing
+            resumable = ResumableScheduler(scheduler, self._resumed)
+        else:
+            resumable = AnnealingScheduler(scheduler, handle, n_steps, self._resumed)
+            self.annealing = resumable
+        return optimizer, nonfinite.GuardedScheduler(resumable, self.guard)
+
+    def _guarded_manager(self) -> type:
+        """The host's keeper of checkpoints, which saves nothing once the run is to end."""
+        seam = self
+
+        class GuardedManager(self._manager):
+            def save(self, *args: Any, **kwargs: Any) -> bool:
+                if seam.guard is not None:
+                    seam.guard.check()
+                return super().save(*args, **kwargs)
+
+        return GuardedManager
+
+    def dump_config(self, config: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        """Meta Lingua's, its first write, by one process, into a folder that is this run's alone.
+
+        The embedded host sees to that itself.
+        """
+        note = self._folders.enter_context(held(Path(self._args.dump_dir), "dump_dir"))
+        if note:
+            logger.warning("%s", note)
+        self._dump_config(config, path, *args, **kwargs)
+
+    def close(self) -> None:
+        """Give back what the run has taken of its process."""
+        if self.stops is not None:
+            self.stops.stop_listening()
+            self._folders.close()
 
     def every_n_steps(self, train_state, freq, acc_step=None, acc_freq=None) -> bool:
         """The host's answer, and yes for the steps of `save_at` where it asks what to save."""
@@ -90,12 +129,13 @@ class Seam:
         return asks_for_save and is_wanted
 
     def dist_mean_dict(self, x: dict) -> dict:
-        """The host's mean over processes, `topk/*` added.
+        """The host's mean over processes, `topk/*` and `optim/skipped` added.
 
         This is the last call before a log line that all processes make: the metric
         logger itself is called by one only, where a collective would wait for ever.
         """
-        means = self._dist_mean_dict(x)
+        skipped = {} if self.guard is None else self.guard.metrics()
+        means = {**self._dist_mean_dict(x), **skipped}
         if self.annealing is not None:
             means.update(self.annealing.metrics())
         return means
@@ -130,5 +170,4 @@ def install(
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
-        if seam.stops is not None:
-            seam.stops.stop_listening()
+        seam.close()

@@ -125,12 +125,13 @@ def steer_eval(
         checkpoint, twin_checkpoint, found, listed(neuron), given, settings,
         device=place, dtype=dtype, batch_tokens=batch_tokens, journal=folder / JOURNAL,
     )  # fmt: skip
-    content = _finished(folder, experiment.inputs())
-    if content is None:
-        experiment.run()
-        content = results.content_of(experiment)
-        results.write(folder, content)
-        (folder / JOURNAL).unlink(missing_ok=True)
+    with cli.alone(folder, "out"):
+        content = _finished(folder, experiment.inputs())
+        if content is None:
+            experiment.run()
+            content = results.content_of(experiment)
+            results.write(folder, content)
+            (folder / JOURNAL).unlink(missing_ok=True)
     _show(content, folder, quiet)
     return content
 
@@ -192,7 +193,8 @@ def _check_folder(folder: Path) -> None:
 
     if not folder.exists():
         return
-    names = {one.name for one in folder.iterdir()} if folder.is_dir() else {""}
+    entries = folder.iterdir() if folder.is_dir() else (folder,)
+    names = {one.name for one in entries if not one.name.startswith(".")}
     if names and not names & {NAME, JOURNAL}:
         raise ConfigError(f"out={str(folder)!r} is there and holds no steering: give another --out")
 

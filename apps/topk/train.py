@@ -11,7 +11,7 @@ import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 
-from apps.topk import cli, lingua_host, resume
+from apps.topk import cli, data_files, lingua_host, nonfinite, resume
 from apps.topk.checkpoint import file_digest
 from apps.topk.eval import EvalArgs, check_eval, harness_help
 from apps.topk.evaluation.results import DONE_NAME
@@ -53,6 +53,8 @@ def train(args: TopKTrainArgs) -> None:
         return
     args.tokenizer_sha256 = file_digest(args.data.tokenizer.path)
     changes = resume.check_unchanged(args)
+    if _has_checkpoints(args):
+        changes += data_files.check_unchanged(args)
     with install(args, lambda: _started(args, changes), partial(_resumed, args)) as train_module:
         try:
             train_module.train(args)
@@ -66,9 +68,16 @@ def _started(args: TopKTrainArgs, changes: list[str]) -> None:
     lingua_host.log_supplied()
     lingua_host.set_aside_damaged(args)
     resume.log_start(args, changes)
-    if not any(resume.checkpoint_folder(args).glob("[0-9]*")):
+    is_new = not _has_checkpoints(args)
+    if is_new:
         set_aside_records(args.dump_dir)
     _write_provenance(args)
+    if get_is_master():
+        data_files.record(args, is_new)
+
+
+def _has_checkpoints(args: TopKTrainArgs) -> bool:
+    return any(resume.checkpoint_folder(args).glob("[0-9]*"))
 
 
 def _resumed(args: TopKTrainArgs, step: int) -> None:
@@ -103,12 +112,19 @@ def validate(args: TopKTrainArgs) -> None:
     lingua_host.validate(args)
     if any(step < 1 for step in args.save_at):
         raise ConfigError(f"save_at={args.save_at} is not allowed: give steps, counted from 1")
+    nonfinite.validate(args.nonfinite)
+    data_files.validate(args.changed_data)
     if args.eval is not None:
         _validate_eval(args)
     topk = args.model.topk
     if topk is None:
         return
     topk.validate(args.model.n_layers)
+    if topk.annealed == "k" and topk.anneal_ratio and args.distributed.compile:
+        raise ConfigError(
+            "model.topk.annealed=k with distributed.compile=true: the model would be compiled again"
+            " for every k on the way; use annealed=alpha or distributed.compile=false"
+        )
     if topk.site == "mlp" and args.distributed.tp_size > 1:
         raise ConfigError(
             f"model.topk.site=mlp with distributed.tp_size={args.distributed.tp_size}: each process"

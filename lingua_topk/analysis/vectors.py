@@ -6,6 +6,8 @@ there, but what is measured with them is circular, and their label says so.
 
 import gzip
 import importlib
+import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 CHECKED_BYTES = 2**16  # of the start of a file, for whether it is text
 SENTENCE_TRANSFORMER_FILES = ("modules.json", "config_sentence_transformers.json")
 EMBEDDINGS_LABEL = "the model's own embeddings, of words that are one token: circular"
+
+_CLASS_OF_PACKAGE = re.compile(r"sentence_transformers(\.[a-z_]+)*\.[A-Z][A-Za-z0-9]*")
 
 # How a line of a file stands for a wanted word; a higher one takes the place of a lower one.
 _LOWER_CASED, _AS_WRITTEN = 1, 2
@@ -115,6 +119,7 @@ def from_sentence_transformer(folder: Path | str, words: Sequence[str]) -> Vecto
             f" {' or '.join(SENTENCE_TRANSFORMER_FILES)}): give one that its save() wrote, or a"
             " word2vec or GloVe text file"
         )
+    _check_modules(folder)
     package = _sentence_transformers()
     try:
         model = package.SentenceTransformer(
@@ -261,6 +266,30 @@ def _numbers(where: str, fields: list[bytes]) -> np.ndarray:
             " a word and its vector a line"
         )
     return numbers
+
+
+def _check_modules(folder: Path) -> None:
+    """DataError where the folder has its parts loaded by anything but a class of the package.
+
+    The package imports whatever is named there and calls its `load` with files of the folder:
+    `joblib.numpy_pickle` would be as good a name as another.
+    """
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    try:
+        kinds = [one["type"] for one in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder} cannot be loaded as a sentence-transformers model ({path.name}: {error}):"
+            " give one with all its files"
+        ) from None
+    for kind in kinds:
+        if not isinstance(kind, str) or not _CLASS_OF_PACKAGE.fullmatch(kind):
+            raise DataError(
+                f"{folder} cannot be loaded as a sentence-transformers model ({path.name} names"
+                f" {kind!r}, no class of that package): give one without code of its own"
+            )
 
 
 def _sentence_transformers() -> ModuleType:

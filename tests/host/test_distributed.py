@@ -49,6 +49,7 @@ SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_LOCALID": "2", "SLURM_PROCID": "10", "SLURM_NTASKS": "16",
     "SLURM_JOB_NODELIST": "node[3-4]",
 }  # fmt: skip
+ELEMENT = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
 CACHED = (
     get_is_torch_run, get_is_slurm_job, get_global_rank, get_local_rank, get_world_size,
     get_is_master, get_master_addr, get_master_port,
@@ -128,12 +129,15 @@ def test_plain_python_inside_an_allocation_is_alone(launch):
 
 
 def test_all_tasks_of_a_slurm_job_find_the_same_port(launch):
-    launch(SLURM)
-    ports = {job: get_master_port(job) for job in range(100)}
-    assert all(20_000 <= port <= 60_000 for port in ports.values())
-    assert len(set(ports.values())) > 90
-    get_master_port.cache_clear()
-    assert get_master_port(7) == ports[7]
+    """Another than those of jobs that may share the node, of other steps, and of any socket."""
+    ports = {}
+    for step in range(8):
+        launch({**SLURM, "SLURM_STEP_ID": str(step)})
+        ports |= {(job, step): get_master_port(job) for job in range(1000, 2500)}
+    assert len(set(ports.values())) == len(ports) == 12_000
+    assert min(ports.values()) >= 20_000 and max(ports.values()) < 32_768
+    launch({**SLURM, "SLURM_PROCID": "11", "SLURM_STEP_ID": "3"})
+    assert get_master_port(1007) == ports[1007, 3]
 
 
 @pytest.fixture
@@ -233,8 +237,10 @@ def test_requeue_without_slurm_just_ends(launch):
         (SLURM, None),
         ({**SLURM, "SLURM_PROCID": "0", "LAUNCH_WITH": "DORA"}, None),
         ({**SLURM, **TORCHRUN, "RANK": "0"}, "requeue 77\n"),
+        # The number alone would be that of the whole array.
+        ({**SLURM, **ELEMENT, "SLURM_PROCID": "0"}, "requeue 77_3\n"),
     ],
-    ids=["rank-0", "rank-10", "dora", "torchrun"],
+    ids=["rank-0", "rank-10", "dora", "torchrun", "element"],
 )
 def test_rank_0_of_a_slurm_job_requeues_it(launch, scontrol, variables, expected):
     calls = scontrol()

@@ -39,7 +39,7 @@ def log(rank) -> logging.Logger:
 def formatted(message="", level=logging.INFO, exc_info=None, sinfo=None) -> str:
     record = logging.LogRecord(NAME, level, __file__, 1, message, (), exc_info, sinfo=sinfo)
     formatter = LogFormatter()
-    record.created = formatter.start_time + 3661.4
+    formatter.start_time -= 3661.4  # it was made so many seconds ago
     return formatter.format(record)
 
 

@@ -16,3 +16,14 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the system refused, where another error came of it; None for any other reason.
+
+    On a full disk torch's own writer complains of a position in its file, with that behind it.
+    """
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, OSError):
+        reason = reason.__context__
+    return reason

@@ -34,7 +34,7 @@ def describe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
     rank, size = _rank_and_size()
     names = from_first(sorted(path.name for path in folder.iterdir() if path.is_file()))
     described: dict[str, dict[str, Any]] = {}
-    for part in _gathered(describe_files(folder, names[rank::size])):
+    for part in gathered(describe_files(folder, names[rank::size])):
         described.update(part)
     return dict(sorted(described.items()))
 
@@ -45,7 +45,7 @@ def find_damage(folder: Path) -> str | None:
     problem, files = from_first(_expected_files(folder) if rank == 0 else None)
     if problem is None:
         own = dict(sorted(files.items())[rank::size])
-        problem = next(filter(None, _gathered(_first_difference(folder, own))), None)
+        problem = next(filter(None, gathered(_first_difference(folder, own))), None)
     return problem
 
 
@@ -172,7 +172,7 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """The values of all ranks, in order, on every rank."""
     size = _rank_and_size()[1]
     if size == 1:

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingua.errors import ConfigError
+from .errors import ConfigError
 
 UNLIMITED = 14 * 24 * 60  # minutes, for a partition without a limit
 
@@ -70,6 +70,7 @@ def job_text(job: Job, has_srun: bool = True) -> str:
         f"--output={logs}/%j.stdout",
         f"--error={logs}/%j.stderr",
         "--open-mode=append",
+        "--requeue",  # allowed, whatever the cluster's JobRequeue says
         "--signal=USR2@120",
         "--distribution=block",
     ]

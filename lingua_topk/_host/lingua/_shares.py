@@ -18,7 +18,15 @@ TRAIN_DATA_FILE_PATTERN = "*.chunk.*.jsonl"
 
 
 def source_folder(root_dir: str | None, source: str) -> Path:
-    """The folder of a source; ConfigError where there is none."""
+    """The folder of a source. ConfigError where there is none, or its name leads out of `root_dir`.
+
+    An absolute path says where it is; a link within `root_dir` may lead anywhere.
+    """
+    if root_dir and ".." in Path(source).parts:
+        raise ConfigError(
+            f"data.sources: {shown(source)} leads out of data.root_dir={root_dir}: give the name of"
+            " a folder within it, or an absolute path"
+        )
     folder = Path(root_dir or "") / source
     if not os.path.isdir(folder):
         raise ConfigError(

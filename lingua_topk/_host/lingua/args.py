@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lingua._files import write_whole
-from lingua.errors import ConfigError
+from ._files import write_whole
+from .errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

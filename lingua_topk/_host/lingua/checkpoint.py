@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -29,7 +30,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lingua._manifest import MANIFEST_NAME, describe_checkpoint, find_damage, from_first
+from lingua._files import system_error
+from lingua._manifest import (
+    MANIFEST_NAME,
+    describe_checkpoint,
+    find_damage,
+    from_first,
+    gathered,
+)
 from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
 
@@ -70,6 +78,26 @@ class CheckpointArgs:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def _together(work: Callable[[], None]) -> None:
+    """Let every rank do its part. What one of them cannot write is an OSError in all of them:
+    alone it would leave the others waiting."""
+    problem = None
+    try:
+        work()
+    except OSError as error:
+        problem = error
+    problems = [error for error in gathered(problem) if error is not None]
+    if problems:
+        raise problems[0]
+
+
+def _write_files(folder: Path, contents: dict[str, Any]) -> None:
+    """JSON files by name, on the disk when this returns."""
+    for name, content in contents.items():
+        _write_json(folder / name, content)
+    _sync_folder(folder)
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -131,9 +159,14 @@ def consolidate_checkpoints(ckpt_dir: str | Path) -> Path:
         if not _is_consolidated(folder):
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        reason = system_error(error)
+        if reason is None:
+            raise
         if not _is_consolidated(folder):  # else the other one was faster
-            raise CheckpointError(f"{folder} cannot be written: {error}") from error
+            raise CheckpointError(
+                f"{folder} cannot be written: {reason}: make room there, then run it again"
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("consolidated %s", folder)
@@ -342,13 +375,10 @@ class CheckpointManager:
         if from_first(is_there):
             return True
         partial = _partial(folder)
-        if get_is_master():
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.mkdir()
-        _barrier()
         try:
+            _together(lambda: _make_room(partial, folder))
             self._write(partial, model, optimizer, train_state, config, rank)
+            _together(lambda: _publish(partial, folder))
         except (OSError, CheckpointException) as error:
             if get_is_master():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -356,10 +386,6 @@ class CheckpointManager:
                 f"{folder} cannot be written ({_first_reason(error)}): free or mend the disk, then"
                 " start the run again; it goes on from the newest checkpoint that is there"
             ) from error
-        if get_is_master():
-            partial.rename(folder)
-            _sync_folder(self.path)
-        _barrier()
         self._damaged.discard(folder)
         logger.info("saved %s", folder)
         # One listing for all: that of another node's file system may be a little older.
@@ -371,15 +397,16 @@ class CheckpointManager:
         """All files of a checkpoint, synced, the manifest last."""
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(self.get_state_dict(model, optimizer), checkpoint_id=partial)
+        from lingua._writer import Writer
+
+        dcp.save(self.get_state_dict(model, optimizer), storage_writer=Writer(partial))
+        files = {TRAIN_STATE_NAME.format(rank): train_state.state_dict()}
         if get_is_master():
-            _write_json(partial / CONFIG_NAME, asdict(config))
-        _write_json(partial / TRAIN_STATE_NAME.format(rank), train_state.state_dict())
-        _barrier()
+            files[CONFIG_NAME] = asdict(config)
+        _together(lambda: _write_files(partial, files))
         manifest = {"files": describe_checkpoint(partial)}
-        if get_is_master():
-            _write_json(partial / MANIFEST_NAME, manifest)
-            _sync_folder(partial)
+        files = {MANIFEST_NAME: manifest} if get_is_master() else {}
+        _together(lambda: _write_files(partial, files))
 
     def load(
         self,
@@ -454,6 +481,21 @@ class CheckpointManager:
 def _partial(folder: Path) -> Path:
     """Where a checkpoint is written, and whereto it is moved to be deleted."""
     return folder.with_name(PARTIAL_PREFIX + folder.name)
+
+
+def _make_room(partial: Path, folder: Path) -> None:
+    """On the first rank: what is written goes into an empty folder."""
+    if get_is_master():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir()
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """On the first rank: all of it is there."""
+    if get_is_master():
+        partial.rename(folder)
+        _sync_folder(folder.parent)
 
 
 def _remove(folder: Path) -> None:

@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import logging
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import cache
 from typing import Optional
 
@@ -28,6 +26,8 @@ from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing import get_start_method, set_start_method
 
+from lingua._rendezvous import is_torchruns, store_of_this_start
+from lingua._timeout import get_timeout
 from lingua.errors import ConfigError
 from lingua.parallel import (
     check_model_value_range,
@@ -131,10 +131,15 @@ def get_master_addr() -> str:
 
 @cache
 def get_master_port(job_id: int) -> int:
-    """torchrun's port, or one that all tasks of a SLURM job compute alike."""
+    """torchrun's port, or one that all tasks of a step of a SLURM job compute alike.
+
+    Jobs may share a node, and a job may have several steps at once: 8 steps of 1,596 jobs in a
+    row have ports of their own. All are below those that Linux gives to whoever asks for any.
+    """
     if get_is_torch_run():
         return int(os.environ["MASTER_PORT"])
-    return random.Random(job_id).randint(20_000, 60_000)
+    step = int(os.environ.get("SLURM_STEP_ID", 0))
+    return 20_000 + (8 * job_id + step % 8) % 12_768
 
 
 def get_device() -> torch.device:
@@ -185,6 +190,7 @@ def init_process_group(device: torch.device) -> None:
         return
     rank, world_size = get_global_rank(), get_world_size()
     logger.info("process %d of %d on %s", rank, world_size, device)
+    timeout = get_timeout()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Only a single CUDA device may be named here, and gloo has none.
     device_id = device if device.type == "cuda" else None
@@ -197,9 +203,11 @@ def init_process_group(device: torch.device) -> None:
     os.environ["WORLD_SIZE"] = str(world_size)
     os.environ["MASTER_ADDR"] = get_master_addr()
     os.environ["MASTER_PORT"] = str(get_master_port(int(os.environ.get("SLURM_JOB_ID", -1))))
-    dist.init_process_group(
-        backend, init_method="env://", timeout=timedelta(minutes=30), device_id=device_id
-    )
+    where = {"init_method": "env://"}
+    if is_torchruns():
+        store = store_of_this_start(rank, world_size, timeout)
+        where = {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, **where, timeout=timeout, device_id=device_id)
 
 
 def _group(mesh: DeviceMesh | None):
@@ -250,7 +258,7 @@ def init_signal_handler(callable: Callable) -> None:
 def requeue_slurm_job() -> None:
     """Ask SLURM to run this job again, where there is one, and end this process."""
     if "SLURM_JOB_ID" in os.environ and get_is_master() and os.environ.get("LAUNCH_WITH") != "DORA":
-        job = os.environ["SLURM_JOB_ID"]
+        job = _slurm_job_name()
         logger.warning("requeueing SLURM job %s", job)
         try:
             subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
@@ -258,6 +266,17 @@ def requeue_slurm_job() -> None:
             reason = (getattr(error, "stderr", None) or str(error)).strip()
             logger.error("scontrol requeue %s failed: %s", job, reason)
     sys.exit(0)
+
+
+def _slurm_job_name() -> str:
+    """This job as scontrol is told it.
+
+    One element of an array has the array's own number as SLURM_JOB_ID: by that all its elements
+    would be requeued, those that are done included.
+    """
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+    return os.environ["SLURM_JOB_ID"]
 
 
 _LAUNCH_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "WANDB_")

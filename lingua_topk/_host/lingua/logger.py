@@ -1,5 +1,6 @@
 """Log lines with rank, level, time and time since the start."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -18,13 +19,14 @@ class LogFormatter(logging.Formatter):
 
     def __init__(self):
         super().__init__()
-        self.start_time = time.time()
+        self.start_time = time.monotonic()
         self.rank = get_global_rank()
         self.show_rank = not get_is_slurm_job()
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).strftime("%y-%m-%d %H:%M:%S.%f")
-        elapsed = timedelta(seconds=round(record.created - self.start_time))
+        # By a clock that nobody sets: records are shown as soon as they are made.
+        elapsed = timedelta(seconds=round(time.monotonic() - self.start_time))
         rank = f"{self.rank}: " if self.show_rank else ""
         prefix = f"{rank}{record.levelname:<7} {when} - {elapsed} - "
         # The message, and a traceback or a stack where there is one.
@@ -41,6 +43,25 @@ class _Console(logging.StreamHandler):
             self.flush()
         except Exception:
             self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A file that may not be written to any more, for want of room: that is said once."""
+
+    _is_lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_lost:
+            self._is_lost = True
+            print(f"warning: {self.baseFilename} cannot be written: {error.strerror}",
+                  file=sys.stderr)  # fmt: skip
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still to be written
+            super().close()
 
 
 class _Below(logging.Filter):
@@ -77,7 +98,7 @@ def init_logger(
     err.setLevel(logging.WARNING)
     handlers: list[logging.Handler] = [out, err]
     if log_file is not None and get_global_rank() == 0:
-        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8"))
+        handlers.append(_LogFile(log_file, mode="a", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         target.addHandler(handler)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lingua.distributed import get_is_master
-from lingua.errors import ConfigError
+from lingua.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +75,27 @@ class MetricLogger:
         settings = getattr(getattr(self.args, "logging", None), "wandb", None)
         # On every rank, so that all fail where it is missing.
         wandb = None if settings is None else import_wandb()
-        self.jsonl_writer = open(self.outdir, "a", encoding="utf-8")  # noqa: SIM115
+        # Unbuffered: what could not be written does not come again when the file is closed.
+        self.jsonl_writer = open(self.outdir, "ab", buffering=0)  # noqa: SIM115
         if wandb is not None and get_is_master():
             self.run = wandb.init(config=asdict(self.args), **asdict(settings))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Write one line, `created_at` (UTC) added, whole and flushed."""
+        """Write one line, `created_at` (UTC) added, whole or not at all. UserError for no room."""
         if self.run is not None:
             self.run.log(metrics, step=metrics["global_step"])
         line = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
-        self.jsonl_writer.write(json.dumps(line) + "\n")
-        self.jsonl_writer.flush()
+        size = os.fstat(self.jsonl_writer.fileno()).st_size
+        left = json.dumps(line).encode() + b"\n"
+        try:
+            while left:
+                left = left[self.jsonl_writer.write(left) :]
+        except OSError as error:
+            self.jsonl_writer.truncate(size)
+            raise UserError(
+                f"{self.outdir} cannot be written ({error.strerror}): make room there, then start"
+                " the run again; it goes on from its newest checkpoint"
+            ) from None
 
     def close(self) -> None:
         if self.jsonl_writer is not None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from lingua._timeout import set_timeout
 from lingua.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,9 @@ def get_device_mesh(distributed_args) -> DeviceMesh:
     if distributed_args.dp_shard > 1 or distributed_args.fsdp_type == "no_shard":
         shape.append(distributed_args.dp_shard)
         names.append("dp_shard")
-    return init_device_mesh(device_type, tuple(shape), mesh_dim_names=tuple(names))
+    mesh = init_device_mesh(device_type, tuple(shape), mesh_dim_names=tuple(names))
+    set_timeout(mesh)
+    return mesh
 
 
 def get_module(module: nn.Module, access_string: str) -> nn.Module:

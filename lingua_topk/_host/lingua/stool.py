@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lingua._files import write_whole
-from lingua._sbatch import Job, has_command, job_text, partition_limits
-from lingua.args import dataclass_from_dict
-from lingua.errors import ConfigError, UserError
+from ._files import write_whole
+from ._sbatch import Job, has_command, job_text, partition_limits
+from .args import dataclass_from_dict
+from .errors import ConfigError, UserError
 
 # Keys of the configs that hold paths.
 PATH_KEYS = (
@@ -41,6 +41,7 @@ PATH_KEYS = (
 # What tells a folder of installed packages, or of an earlier job's code, from code to copy.
 ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta", "submit.slurm")
 _SBATCH_OWN = re.compile(r"[\"'%\\#]")
+LEAST_TIME = 5  # minutes, within which a program can start before it is warned
 DEFAULT_TIME = 3 * 24 * 60  # minutes, for a partition that sinfo does not list
 
 
@@ -123,6 +124,11 @@ def validate_args(args: StoolArgs) -> None:
             raise ConfigError(f"{name}={getattr(args, name)} is too small: give at least {least}")
     if args.time == 0 or args.time < -1:
         raise ConfigError(f"time={args.time} is not allowed: give minutes, or -1 for all there is")
+    if 0 < args.time < LEAST_TIME and _is_sbatch(args):
+        raise ConfigError(
+            f"time={args.time} is too short: SLURM warns the program, which saves and ends then, up"
+            f" to three minutes before the end; give at least {LEAST_TIME}"
+        )
     texts = {field.name: getattr(args, field.name) for field in fields(args)}
     texts.update(name=config["name"], dump_dir=config["dump_dir"])
     texts["the working directory"] = os.getcwd()
@@ -154,29 +160,42 @@ def validate_args(args: StoolArgs) -> None:
             f"LINGUA_HOME={home!r} is no checkout of Lingua, and the job would look there: correct"
             " it, or unset it"
         )
-    if args.nodes > 1 and not _has_srun(args):
+    if args.nodes > 1 and not has_srun(args):
         raise ConfigError(f"nodes={args.nodes} needs srun, which is not here: give nodes=1")
 
 
-def _has_srun(args: StoolArgs) -> bool:
+def _is_sbatch(args: StoolArgs) -> bool:
+    """Whether SLURM reads the script's options; sbatch may have more of its own."""
+    return Path(args.launcher.partition(" ")[0]).name == "sbatch"
+
+
+def has_srun(args: StoolArgs) -> bool:
     """Whether the job is started by srun: wherever SLURM is, and in what is only looked at."""
     if args.launcher != "bash":
         return True
     return has_command("srun") and "SLURM_JOB_ID" in os.environ  # within an allocation
 
 
-def launch_job(args: StoolArgs) -> int:
-    """Write the job's folder and hand it to the launcher, whose exit status is returned."""
+def script_text(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> str:
+    """submit.slurm of a job that runs `config` in `dump_dir` by the program in `code`."""
+    return job_text(make_job(args, config, dump_dir, code), has_srun=has_srun(args))
+
+
+def launch_job(args: StoolArgs, text_of: Callable[..., str] = script_text) -> int:
+    """Write the job's folder and hand it to the launcher, whose exit status is returned.
+
+    text_of: what writes submit.slurm, called as `script_text` is.
+    """
     validate_args(args)
-    config = _with_absolute_paths(args.config)
+    config = with_absolute_paths(args.config)
     dump_dir = Path(config["dump_dir"])
     code = dump_dir / "code" if args.copy_code else Path.cwd()
-    _check_code(args, dump_dir)
-    text = job_text(_job(args, config, dump_dir, code), has_srun=_has_srun(args))
+    check_code(args, dump_dir)
+    text = text_of(args, config, dump_dir, code)
     if args.dry_run:
         _show(args, dump_dir, text)
         return 0
-    if not _make_room(args, dump_dir):
+    if not make_room(args, dump_dir):
         return 1
     (dump_dir / "logs").mkdir(parents=True, exist_ok=True)
     write_whole(dump_dir / "base_config.yaml", OmegaConf.to_yaml(config))
@@ -184,12 +203,38 @@ def launch_job(args: StoolArgs) -> int:
     write_whole(script, text)  # before the copy: it marks the folder as one that is not copied
     if args.copy_code:
         print(f"copied {copy_dir(Path.cwd(), code):,} files of code to {code}")
-        write_whole(code / ".commit", f"{_commit()}\n")
+        write_whole(code / ".commit", f"{commit_here()}\n")
     print(f"{args.launcher} {script}", flush=True)
-    return subprocess.call([*args.launcher.split(), str(script)])
+    status = run_launcher([*args.launcher.split(), str(script)])
+    if status:
+        print(
+            f"{args.launcher} ended with status {status}, and dump_dir={dump_dir} stays as it is:"
+            " once that is mended, give the same command with dirs_exists_ok=true",
+            file=sys.stderr,
+        )
+    return status
 
 
-def _with_absolute_paths(config: Any) -> DictConfig:
+def run_launcher(command: list[str]) -> int:
+    """Run it to its end; its exit status.
+
+    Ctrl-C reaches the programs that it started as well, which save before they end: they are
+    waited for, where `subprocess.call` kills.
+    """
+    process, interrupted = subprocess.Popen(command), False
+    while True:
+        try:
+            status = process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return status
+
+
+def with_absolute_paths(config: Any) -> DictConfig:
+    """A copy of a config in which every path that this module knows is absolute."""
     config = OmegaConf.create(
         config if isinstance(config, dict) else OmegaConf.to_container(config)
     )
@@ -200,7 +245,7 @@ def _with_absolute_paths(config: Any) -> DictConfig:
     return config
 
 
-def _check_code(args: StoolArgs, dump_dir: Path) -> None:
+def check_code(args: StoolArgs, dump_dir: Path) -> None:
     """ConfigError where the job would not find its program, or would copy what is no code."""
     here = Path.cwd()
     if dump_dir == here or dump_dir in here.parents:
@@ -215,7 +260,8 @@ def _check_code(args: StoolArgs, dump_dir: Path) -> None:
         )
 
 
-def _job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job:
+def make_job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job:
+    """What the script of a job is written from."""
     if args.anaconda == "default":
         python = Path(sys.executable)
     else:
@@ -224,7 +270,7 @@ def _job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job
     return Job(
         name=config["name"], dump_dir=dump_dir, script=args.script,
         nodes=args.nodes, ngpu=args.ngpu, ncpu=args.ncpu, mem=args.mem,
-        time=_time(args), partition=args.partition,
+        time=time_limit(args), partition=args.partition,
         directives=[f"--{name}={getattr(args, name)}" for name in named if getattr(args, name)],
         python=python, code=code, origin=_origin(args), submitted_from=Path.cwd(),
         environment={k: v for k, v in sorted(os.environ.items()) if k.startswith("LINGUA_")},
@@ -232,16 +278,21 @@ def _job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> Job
     )  # fmt: skip
 
 
-def _time(args: StoolArgs) -> int | None:
+def time_limit(args: StoolArgs) -> int | None:
     """Minutes; None where no SLURM will read them."""
     if args.time > 0:
         return args.time
-    if args.launcher != "sbatch" or (args.dry_run and not has_command("sinfo")):
+    if not _is_sbatch(args):
         return None
-    return retrieve_max_time_per_partition().get(args.partition, DEFAULT_TIME)
+    try:
+        return retrieve_max_time_per_partition().get(args.partition, DEFAULT_TIME)
+    except ConfigError:
+        if args.dry_run:  # to look at, no SLURM is needed
+            return None
+        raise
 
 
-def _commit() -> str:
+def commit_here() -> str:
     """Of the working directory, marked when files differ from it; empty outside git."""
     try:
         return subprocess.run(
@@ -253,7 +304,7 @@ def _commit() -> str:
 
 
 def _origin(args: StoolArgs) -> str:
-    commit = f"commit {_commit() or 'unknown'}"
+    commit = f"commit {commit_here() or 'unknown'}"
     return f"copied from {Path.cwd()}, {commit}" if args.copy_code else commit
 
 
@@ -267,7 +318,7 @@ def _show(args: StoolArgs, dump_dir: Path, text: str) -> None:
     print("dry run: nothing was written, nothing submitted")
 
 
-def _make_room(args: StoolArgs, dump_dir: Path) -> bool:
+def make_room(args: StoolArgs, dump_dir: Path) -> bool:
     """Whether the job may have `dump_dir`; what is in it is deleted only after a yes."""
     if not dump_dir.exists():
         return True
@@ -301,6 +352,8 @@ def main() -> None:
     """The command line: key=value of StoolArgs, config a YAML file."""
     try:
         sys.exit(launch_job(_read_args()))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)

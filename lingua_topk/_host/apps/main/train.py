@@ -7,8 +7,10 @@ evaluation as names of this module (and of `apps.main.eval`) at the time it runs
 Lingua's loop does: an extension replaces those names instead of copying the loop.
 """
 
+import errno
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -37,7 +39,9 @@ from apps.main.transformer import (
     get_num_flop_per_token,
     tp_parallelize,
 )
-from lingua._manifest import find_damage
+from lingua._lock import held
+from lingua._manifest import find_damage, from_first
+from lingua._peers import lost_peer
 from lingua._reshare import reshare
 from lingua.args import dataclass_from_dict, dump_config
 from lingua.checkpoint import (
@@ -278,9 +282,7 @@ class Run:
 
 
 def start_run(args: TrainArgs) -> Run:
-    """Everything before the first step: processes, model, optimizer, resumption."""
-    setup_env(args.env)
-    setup_torch_distributed(args.distributed)
+    """Everything before the first step, once the processes know each other."""
     device = get_device()
     device_mesh = get_device_mesh(args.distributed)
     dp_rank, dp_degree = data_parallel_rank(device_mesh)
@@ -329,18 +331,25 @@ def train(args: TrainArgs) -> None:
     validate_checkpoints(args, model)
     dump_dir = Path(args.dump_dir)
     newest = newest_checkpoint(args.checkpoint)
-    if newest is not None and int(newest.name) >= args.steps:
-        init_logger(dump_dir / "train.log")
-        setup_torch_distributed(args.distributed)
-        if find_damage(newest) is None:
-            logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
-            _finish(args, newest)
-            return
-    if get_is_master():
-        _write_config(args, dump_dir)
-    init_logger(dump_dir / "train.log")
+    is_done = newest is not None and int(newest.name) >= args.steps
     with ExitStack() as stack:
+        refused, notes = None, []
+        if get_is_master():
+            try:
+                notes = _take_folders(args, stack)
+                if not is_done:
+                    _write_config(args, dump_dir)
+            except UserError as error:
+                refused = error
+        init_logger(dump_dir / "train.log" if refused is None else None)
+        for note in notes:
+            logger.warning("%s", note)
+        if is_done and _is_all_done(args, newest, refused):
+            return
         stack.enter_context(_preemption_by_signal())
+        setup_env(args.env)
+        setup_torch_distributed(args.distributed)
+        _raise_in_all(refused)
         run = start_run(args)
         metric_logger = stack.enter_context(MetricLogger(dump_dir / "metrics.jsonl", args))
         batches = stack.enter_context(
@@ -355,16 +364,60 @@ def train(args: TrainArgs) -> None:
         _loop(run, batches, metric_logger, profiler, progress)
 
 
+def _take_folders(args: TrainArgs, stack: ExitStack) -> list[str]:
+    """Lock what the run writes until `stack` ends; lines for the log. ConfigError."""
+    dump_dir, checkpoints = Path(args.dump_dir), Path(args.checkpoint.path)
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise _unwritable(args, os.strerror(errno.EEXIST))
+    wanted = [("dump_dir", dump_dir)]
+    if not checkpoints.resolve().is_relative_to(dump_dir.resolve()):
+        wanted.append(("checkpoint.path", checkpoints))
+    notes = [stack.enter_context(held(folder, field)) for field, folder in wanted]
+    return [note for note in notes if note]
+
+
+def _is_all_done(args: TrainArgs, newest: Path, refused: UserError | None) -> bool:
+    """Whether the run has done all steps and its newest checkpoint is whole; then it is finished.
+
+    All ranks call it.
+    """
+    setup_torch_distributed(args.distributed)
+    _raise_in_all(refused)
+    if find_damage(newest) is None:
+        logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
+        _finish(args, newest)
+        return True
+    problem = None
+    if get_is_master():
+        try:
+            _write_config(args, Path(args.dump_dir))
+        except UserError as error:
+            problem = error
+    _raise_in_all(problem)
+    return False
+
+
+def _raise_in_all(error: UserError | None) -> None:
+    """What rank 0 met, on every rank: alone it would leave the others waiting."""
+    error = from_first(error)
+    if error is not None:
+        raise error
+
+
 def _write_config(args: TrainArgs, dump_dir: Path) -> None:
     try:
         for folder in (Path(args.checkpoint.path), dump_dir):
             folder.mkdir(parents=True, exist_ok=True)
         dump_config(args, dump_dir / "config.yaml", log_config=False)
     except OSError as error:
-        raise ConfigError(
-            f"dump_dir={dump_dir} or checkpoint.path={args.checkpoint.path} cannot be written"
-            f" ({error.strerror}): give another folder"
-        ) from None
+        raise _unwritable(args, error.strerror) from None
+
+
+def _unwritable(args: TrainArgs, reason: str) -> ConfigError:
+    return ConfigError(
+        f"dump_dir={args.dump_dir} or checkpoint.path={args.checkpoint.path} cannot be written"
+        f" ({reason}): make room there, or give another folder"
+    )
 
 
 def _progress_bar(args: TrainArgs, done: int) -> tqdm:
@@ -611,7 +664,13 @@ def main() -> None:
                 " set eval=null"
             )
         train(args)
-    except UserError as error:
+    except Exception as error:
+        lost = lost_peer(error)
+        if lost is not None:
+            print(f"error: {lost}", file=sys.stderr)
+            sys.exit(1)
+        if not isinstance(error, UserError):
+            raise
         if get_is_master():
             line = "".join(c if c.isprintable() else " " for c in str(error))
             print(f"error: {' '.join(line.split())}", file=sys.stderr)

@@ -1,0 +1,78 @@
+"""Submit a run as a SLURM job, or a sweep of runs as a job array with evaluations behind it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from apps.topk import cli, lingua_host
+from apps.topk.submission import arguments
+from apps.topk.submission.arguments import SubmitArgs, stool_args
+
+PROGRAM = "apps.topk.submit"
+HELP = f"""\
+usage: python -m {PROGRAM} config=FILE partition=NAME [key=value ...]
+       python -m {PROGRAM} sweep=FOLDER partition=NAME [key=value ...]
+
+{__doc__}
+Jobs run a copy of the code as it is now. config is what python -m lingua.stool does, on either
+host: code/, base_config.yaml, submit.slurm and logs/ go to the config's dump_dir.
+
+sweep=configs/paper takes every config of a folder, sweep=[a.yaml,b.yaml] those named: each is a
+run, and its vanilla twin is another (model.topk=null, vanilla_... for topk_... in name and
+dump_dir). They are one job array, and their evaluations by eval_config another, of which an
+element starts when the run of its number has ended well. Evaluations go to DUMP_DIR/evals/NAME,
+by the name in eval_config, the sweep's own files into a folder sweep/ beside the runs. A run
+that reaches its time limit saves, goes back into the queue and on from there.
+
+Keys of all runs are given with train. in front, of all evaluations with eval.:
+  sweep=configs/paper sweep_dir=dumps/trial train.steps=100 eval.harness.limit=10
+
+dry_run=true prints scripts and runs, and writes nothing. launcher=bash runs all here, one after
+the other: by srun within an allocation, by torchrun without SLURM (ngpu processes).
+
+Keys and defaults, those of stool first:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends the process with status 2."""
+    cli.run(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: list[str]) -> None:
+    if "--help" in argv or "-h" in argv:
+        print(HELP + OmegaConf.to_yaml(OmegaConf.structured(SubmitArgs())).rstrip())
+        return
+    args = cli.merge(SubmitArgs, (cli.dot_list(argv), "the command line"))
+    arguments.check(args)
+    if lingua_host.is_lingua():
+        # Whose scripts take the environment's programs from the path, activated or not.
+        found = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        os.environ["PATH"] = os.pathsep.join(found)
+    status = _submit_single(args) if args.sweep is None else _submit_sweep(args)
+    if status:
+        raise SystemExit(status)
+
+
+def _submit_single(args: SubmitArgs) -> int:
+    from apps.topk.submission import configs, scripts, slurm
+    from lingua_topk._host.lingua.stool import launch_job
+
+    config = configs.read_single(args)
+    status = launch_job(stool_args(args, config=config), scripts.text_of)
+    if status == 0 and args.launcher.split()[0] == "sbatch" and not args.dry_run:
+        slurm.tell_of_single(config.name)
+    return status
+
+
+def _submit_sweep(args: SubmitArgs) -> int:
+    from apps.topk.submission.sweep import submit_sweep
+
+    return submit_sweep(args)
+
+
+if __name__ == "__main__":
+    main()
