@@ -97,8 +97,8 @@ def _check_annealed(checkpoint: "Checkpoint", as_trained: bool) -> None:
     topk = checkpoint.model_args.topk
     if checkpoint.alpha > 0 and topk is not None and topk.annealed == "k":
         raise CheckpointError(
-            f"ckpt={str(checkpoint.folder)!r} lies inside the annealing of k, which an exported model"
-            " does not know: export a later one"
+            f"ckpt={str(checkpoint.folder)!r} lies inside the annealing of k, which an exported"
+            " model does not know: export a later one"
         )
 
 

@@ -27,7 +27,7 @@ name: tiny
 dump_dir: runs/first
 eval: {validation: {sources: [text/text.val.jsonl], use_val_from_train_src: false, context: 8}}
 """
-NO_CLUSTER = {"SLURM_CONF": "/nowhere/slurm.conf"}
+NO_CLUSTER = {"SLURM_CONF": os.devnull}
 # Writes down its words, then runs the command for one process.
 SRUN = """#!/bin/bash
 echo "$PWD $*" >"$(dirname "$0")/srun.words"
