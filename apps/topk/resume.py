@@ -43,8 +43,10 @@ MAY_NOT_CHANGE_ALTHOUGH = (  # within a section that may
 # These may where the number of processes changes and the tokens of a step do not.
 SHARE_OF_BATCH = ("grad_acc_steps", "data.batch_size")
 PATHS = ("data.root_dir", "data.tokenizer.path")
-# The host fills these in: from the tokenizer, data.seq_len and dump_dir.
-FILLED_IN = ("model.vocab_size", "model.max_seqlen", "checkpoint.path")
+# The host fills these in: from the tokenizer, data.seq_len, dump_dir and the number of processes.
+FILLED_IN = (
+    "model.vocab_size", "model.max_seqlen", "checkpoint.path", "distributed.dp_replicate",
+)  # fmt: skip
 
 
 def checkpoint_folder(args: TopKTrainArgs) -> Path:

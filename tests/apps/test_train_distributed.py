@@ -106,6 +106,8 @@ def test_two_processes_train_with_the_loader_and_resume(corpus, tmp_path):
     again = processes.run(*command, "steps=12")
     assert again.returncode == 0, again.stderr[-4000:]
     assert "resuming from" in again.stdout
+    changed = re.findall(r"changed since the checkpoint: (\S+):", again.stdout)
+    assert set(changed) == {"steps"}
     steps = sorted(path.name for path in (tmp_path / "run" / "evals").iterdir())
     assert steps == ["0000000010", "0000000012"]
 
