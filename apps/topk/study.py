@@ -1,5 +1,6 @@
 """Several runs from one config: trained, evaluated, compared, one of them read and steered."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from apps.topk import cli, side_by_side
 from apps.topk.evaluation.results import DONE_NAME
-from apps.topk.provenance import write_text
+from apps.topk.provenance import write_json, write_text
 from apps.topk.studies import summary
 from apps.topk.studies.arguments import Run, StudyArgs, read_arguments, runs_of
+from lingua_topk.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +21,7 @@ Train several runs that differ in a few keys, with several seeds if wanted, eval
 checkpoint of each, and write how far each lies above the vanilla twin; and of one of them read the
 neurons, steer them and make a page. A run that is there is used: stopped at any moment, by a time
 limit too, the same command goes on from there."""
+MADE_WITH = "study.json"  # in the folder of a run
 SUMMARY = "summary.md"
 TABLE = "table.md"
 REPORT = "report.html"
@@ -32,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def study(args: StudyArgs) -> None:
     """All of it, in the order of its pieces; what is done is passed over."""
     runs = runs_of(args)
+    for run in runs:
+        _take(run, args)
     _train(runs, args.parallel)
     _evaluate(runs, args)
     folder = Path(args.dump_dir)
@@ -43,6 +48,27 @@ def study(args: StudyArgs) -> None:
         _read(args, runs)
     print(f"\n{(folder / SUMMARY).read_text(encoding='utf-8')}")
     print(f"written: {folder / SUMMARY}, {TABLE}, both also as .csv")
+
+
+def _take(run: Run, args: StudyArgs) -> None:
+    """Write down what a run is made with; ConfigError where one is there that was made otherwise.
+
+    Else results of other keys would be taken for those that are asked for.
+    """
+    path, now = run.folder / MADE_WITH, {"train": list(run.words), "eval": _evaluation(run, args)}
+    if run.folder.is_dir() and any(run.folder.iterdir()):
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            there = None
+        if there != now:
+            raise ConfigError(
+                f"{run.folder} was made with other keys than those of this study, by {MADE_WITH} in"
+                " it: give dump_dir=OTHER, or move it away"
+            )
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)
 
 
 def _train(runs: Sequence[Run], parallel: int) -> None:

@@ -59,11 +59,11 @@ def _main(argv: list[str]) -> None:
 
 def _submit_single(args: SubmitArgs) -> int:
     from apps.topk.submission import configs, scripts, slurm
-    from lingua_topk._host.lingua.stool import launch_job
+    from lingua_topk._host.lingua.stool import is_sbatch, launch_job
 
     config = configs.read_single(args)
     status = launch_job(stool_args(args, config=config), scripts.text_of)
-    if status == 0 and args.launcher.split()[0] == "sbatch" and not args.dry_run:
+    if status == 0 and is_sbatch(args.launcher) and not args.dry_run:
         slurm.tell_of_single(config.name)
     return status
 

@@ -116,6 +116,17 @@ def test_what_is_there_is_used(made, config, monkeypatch):
     assert called == ["apps.topk.eval"] and (folder / "summary.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "word", ["set=[steps=5,logging.freq=2]", "runs.topk=[model.topk.k=3]", "eval_set=[dtype=bf16]"]
+)
+def test_results_of_other_keys_are_not_taken_for_these(made, config, monkeypatch, word):
+    called = []
+    monkeypatch.setattr(side_by_side, "run", in_this_process(called))
+    with pytest.raises(ConfigError, match=r"topk-seed1 was made with other keys"):
+        study.main([f"config={config}", word])
+    assert not called
+
+
 def test_a_run_that_was_ended_early_ends_the_study(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(side_by_side, "run", lambda commands: None)
     with pytest.raises(SystemExit) as ended:

@@ -201,7 +201,12 @@ def test_what_is_there_is_not_touched(project, submitted):
     assert files(project / "runs") == ["vanilla_b/metrics.jsonl"]
     assert not (project / "bin/sbatch.words").exists()
     assert submitted(*SWEEP, "dirs_exists_ok=true")[0] == 0
+    code = project / "runs/sweep/code"
+    before = code.stat().st_ino
     assert submitted(*SWEEP, "dirs_exists_ok=true")[0] == 0  # as after a first time
+    # Jobs that are at work go on in the copy that they began with.
+    assert code.stat().st_ino != before == (code.parent / "code.1").stat().st_ino
+    assert files(code) == files(code.parent / "code.1")
     assert kept.read_text("utf-8") == "{}\n"
     (kept.parent / "code").unlink()
     (kept.parent / "code").mkdir()
@@ -232,6 +237,7 @@ def test_what_sbatch_refuses(project, submitted):
         (["sweep=configs", "train.stepz=1"], "stepz (in train.* on the command line) is no known"),
         (["sweep=configs", "train.model.topk.k=0"], "configs/b.yaml: model.topk.k=0 is too small"),
         (["sweep=configs", "train.name=x"], "train.name=x would be that of all runs"),
+        (["sweep=configs", "eval.dump_dir=x"], "eval.dump_dir=x would be that of all evaluations"),
         (["sweep=configs", "train.checkpoint.path=x"], "checkpoint.path=x is not allowed in a"),
         (["sweep=configs", "train=3"], "train (in the command line): "),
         (["sweep=configs", "eval.harness.limitt=1"], "harness.limitt (in eval.* on the command"),
@@ -383,5 +389,7 @@ def test_ctrl_c_waits_for_what_saves(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may be in the background
     saved = tmp_path / "saved"
     with pytest.raises(KeyboardInterrupt):
-        stool.run_launcher(["bash", "-c", f"kill -INT $PPID; sleep 1; touch {saved}; exit 0"])
+        # Not before the parent waits for it.
+        words = f"sleep 2; kill -INT $PPID; sleep 1; touch {saved}; exit 0"
+        stool.run_launcher(["bash", "-c", words])
     assert saved.exists()

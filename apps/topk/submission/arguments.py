@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from apps.topk.provenance import ROOT
-from lingua_topk._host.lingua.stool import StoolArgs
+from lingua_topk._host.lingua.stool import StoolArgs, is_sbatch
 from lingua_topk.errors import ConfigError
 
 EVAL_CONFIG = "configs/eval/paper.yaml"
@@ -75,12 +75,17 @@ def _check_sweep(args: SubmitArgs) -> None:
         raise ConfigError(
             f"eval_time={args.eval_time} is not allowed: give minutes, or -1 for all there is"
         )
-    is_sbatch = Path((args.launcher.split() or [""])[0]).name == "sbatch"
-    if not is_sbatch and args.launcher != "bash":
+    if not is_sbatch(args.launcher) and args.launcher != "bash":
         raise ConfigError(
             f"launcher={args.launcher!r} cannot start a sweep: give sbatch (with options of it, if"
             " you like), or bash to run it here"
         )
+    for name in ("ckpt_dir", "dump_dir"):
+        if name in args.eval:
+            raise ConfigError(
+                f"eval.{name}={args.eval[name]} would be that of all evaluations: each is of the"
+                " last checkpoint of its run, in evals/ there; leave it out"
+            )
     for name in ("name", "dump_dir"):
         if name in args.train:
             raise ConfigError(

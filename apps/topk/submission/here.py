@@ -6,7 +6,7 @@ from timeit import default_timer as timer
 from apps.topk.submission.finished import finished_checkpoint
 from apps.topk.submission.scripts import Job
 from lingua_topk._host.lingua.stool import run_launcher
-from lingua_topk.errors import CheckpointError
+from lingua_topk.errors import UserError
 
 
 def run_all(training: Sequence[Job], evaluations: Sequence[Job]) -> int:
@@ -53,5 +53,5 @@ def _not_finished(job: Job) -> str | None:
     try:
         finished_checkpoint(job.folder)
         return None
-    except CheckpointError as error:
+    except UserError as error:
         return str(error)

@@ -1,5 +1,6 @@
 """A sweep: all is read and checked, then written, then started."""
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -170,9 +171,19 @@ def _write(args: SubmitArgs, sweep: Sweep) -> None:
         if args.copy_code:
             _link(job.folder / "code", sweep.code)
     if args.copy_code:
-        n = stool.copy_dir(Path.cwd(), sweep.code)
-        write_text(sweep.code / ".commit", f"{stool.commit_here()}\n")
-        print(f"copied {n:,} files of code to {sweep.code}")
+        print(f"copied {_copy_code(sweep.code):,} files of code to {sweep.code}")
+
+
+def _copy_code(code: Path) -> int:
+    """A whole copy of the code; an earlier one is kept beside it: jobs may be at work there."""
+    new = code.with_name(f".code.{os.getpid()}")
+    copied = stool.copy_dir(Path.cwd(), new)
+    write_text(new / ".commit", f"{stool.commit_here()}\n")
+    if code.exists():
+        earlier = (code.with_name(f"code.{n}") for n in itertools.count(1))
+        code.rename(next(path for path in earlier if not path.exists()))
+    new.rename(code)
+    return copied
 
 
 def _link(link: Path, code: Path) -> None:

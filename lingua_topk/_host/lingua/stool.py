@@ -124,7 +124,7 @@ def validate_args(args: StoolArgs) -> None:
             raise ConfigError(f"{name}={getattr(args, name)} is too small: give at least {least}")
     if args.time == 0 or args.time < -1:
         raise ConfigError(f"time={args.time} is not allowed: give minutes, or -1 for all there is")
-    if 0 < args.time < LEAST_TIME and _is_sbatch(args):
+    if 0 < args.time < LEAST_TIME and is_sbatch(args.launcher):
         raise ConfigError(
             f"time={args.time} is too short: SLURM warns the program, which saves and ends then, up"
             f" to three minutes before the end; give at least {LEAST_TIME}"
@@ -164,9 +164,9 @@ def validate_args(args: StoolArgs) -> None:
         raise ConfigError(f"nodes={args.nodes} needs srun, which is not here: give nodes=1")
 
 
-def _is_sbatch(args: StoolArgs) -> bool:
+def is_sbatch(launcher: str) -> bool:
     """Whether SLURM reads the script's options; sbatch may have more of its own."""
-    return Path(args.launcher.partition(" ")[0]).name == "sbatch"
+    return Path(launcher.partition(" ")[0]).name == "sbatch"
 
 
 def has_srun(args: StoolArgs) -> bool:
@@ -282,7 +282,7 @@ def time_limit(args: StoolArgs) -> int | None:
     """Minutes; None where no SLURM will read them."""
     if args.time > 0:
         return args.time
-    if not _is_sbatch(args):
+    if not is_sbatch(args.launcher):
         return None
     try:
         return retrieve_max_time_per_partition().get(args.partition, DEFAULT_TIME)
