@@ -1,9 +1,11 @@
 """What the files of a run's data are, so that a later start does not go on in another text.
 
-    DUMP_DIR/data.json   {SOURCE/FILE: {"bytes": int, "mtime_ns": int, "pieces": hex}}
+    DUMP_DIR/data.json   {SOURCE/FILE: {"bytes": int, "mtime_ns": int, "pieces": str}}
 
-"pieces" is the SHA-256 of a few pieces, spread evenly over the file and its ends among them: a
-corpus is too large to be read whole at every start. A file of the same size and time is not read.
+"pieces" is how many pieces were taken, a colon, and their SHA-256. Files are compared by samples,
+pieces that are spread evenly over a file and its ends among them: a corpus is too large to be
+read whole at every start. One of up to a megabyte is; in a larger one a change between two pieces
+that leaves the size as it was is not seen. A file of the same size and time is not read.
 
 Lines added at the end of a file are allowed: what was read is as it was, and so is where the run
 is in it. So are new files: a loader goes on with those that it began with. All else, a file that
@@ -13,6 +15,7 @@ is shorter, another one, or gone, would be another run from there on.
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "data.json"
 REFUSE, ACCEPT = "refuse", "accept"
-PIECES, PIECE_BYTES = 8, 4096
+PIECES, PIECE_BYTES = 256, 4096
 
 Record = dict[str, dict[str, Any]]
 
@@ -91,14 +94,29 @@ def _recorded(args: TopKTrainArgs) -> Record | None:
     path = Path(args.dump_dir, NAME)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        for one in content.values():
-            one["bytes"] + one["mtime_ns"], one["pieces"]
+        for name, one in content.items():
+            if not _is_entry(one):
+                raise ValueError(f"{name} is described in another form")
         return content
     except FileNotFoundError:  # a run of an earlier version
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         logger.warning("%s cannot be read (%s): changes of the data are not seen", path, error)
         return None
+
+
+def _is_entry(one: Any) -> bool:
+    """Whether it is as `_described` writes it: other numbers of pieces cannot be compared."""
+    if not isinstance(one, dict):
+        return False
+    numbers = [one.get("bytes"), one.get("mtime_ns")]
+    pieces = one.get("pieces")
+    return (
+        all(type(number) is int for number in numbers)  # True is no number here
+        and numbers[0] >= 0
+        and isinstance(pieces, str)
+        and re.fullmatch(rf"{PIECES}:[0-9a-f]{{64}}", pieces) is not None
+    )
 
 
 def _difference(path: Path | None, then: dict[str, Any]) -> str | None:
@@ -129,12 +147,13 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _digest(path: Path, size: int) -> str:
-    """Of pieces of the first `size` bytes of a file."""
+    """Of pieces of the first `size` bytes of a file; of all of them where they are few."""
     digest = hashlib.sha256()
-    last = max(size - PIECE_BYTES, 0)
     with open(path, "rb") as file:
-        for i in range(PIECES):
-            start = last * i // (PIECES - 1)
-            file.seek(start)
-            digest.update(file.read(min(PIECE_BYTES, size - start)))
-    return digest.hexdigest()
+        if size <= PIECES * PIECE_BYTES:
+            digest.update(file.read(size))
+        else:
+            for i in range(PIECES):
+                file.seek((size - PIECE_BYTES) * i // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return f"{PIECES}:{digest.hexdigest()}"

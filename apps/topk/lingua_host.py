@@ -125,9 +125,12 @@ def check_device() -> None:
 def check_without_code(folder: Path) -> None:
     """CheckpointError for a distributed checkpoint with more than data in it.
 
-    Lingua loads by torch's own reader, which runs what its pickles say.
+    Lingua loads by torch's own reader, which runs what its pickles say. Where .metadata cannot be
+    read, be it a folder, that reader takes the index of the process: __0.metadata.
     """
-    if not is_lingua() or not (folder / ".metadata").is_file():
+    if not is_lingua():
+        return
+    if not os.path.lexists(folder / ".metadata") and not any(folder.glob("__*.metadata")):
         return
     from lingua_topk._host.lingua._index import find_code
 
@@ -200,26 +203,57 @@ def set_aside_damaged(args: Any) -> None:
 
     Lingua writes them in place, and each process looks for itself which is the newest: one
     that lacks a file would have the processes go on from different steps.
+
+    CheckpointError, in all processes and with nothing renamed, where the newest that is not
+    damaged cannot be looked through: what is wrong with it may be wrong with all of them, and
+    with all of them aside the run would begin anew.
     """
     if not is_lingua():
         return
-    import torch.distributed as dist
-
     from lingua.distributed import get_is_master
+    from lingua_topk._host.lingua._manifest import from_first
+
+    refusal = from_first(_set_aside_damaged(_checkpoints(args)) if get_is_master() else None)
+    if refusal:
+        raise CheckpointError(refusal)
+
+
+def _set_aside_damaged(folders: list[Path]) -> str | None:
+    """By one process, for all; why the run must end, or None. folders: oldest first."""
     from lingua_topk._host.lingua._index import find_code
 
-    if get_is_master():
-        is_newest = True
-        for folder in reversed(_checkpoints(args)):
-            problem = _damage(folder) or (find_code(folder) if is_newest else None)
-            is_newest = is_newest and problem is not None
-            if problem:
-                aside = folder.with_name(f"damaged_{folder.name}")
-                logger.warning("%s is set aside as %s: %s", folder, aside.name, problem)
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-    if dist.is_initialized():
-        dist.barrier()
+    damaged: dict[Path, str] = {}
+    is_newest = True
+    for folder in reversed(folders):
+        hindrance = _hindrance(folder)
+        damage = None if hindrance else _damage(folder)
+        if damage:
+            damaged[folder] = damage
+            continue
+        problem = (hindrance or find_code(folder)) if is_newest else None
+        is_newest = False
+        if problem:
+            return f"{folder} is not loaded: {problem}: move it away to go on from an earlier one"
+    for folder, damage in damaged.items():
+        aside = folder.with_name(f"damaged_{folder.name}")
+        logger.warning("%s is set aside as %s: %s", folder, aside.name, damage)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return None
+
+
+def _hindrance(folder: Path) -> str | None:
+    """Why it cannot be told of a checkpoint whether it is damaged, or None: no kill leaves that."""
+    from lingua_topk._host.lingua._index import find_unlisted
+
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    file.read(1)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error.strerror})"
+    return find_unlisted(folder)
 
 
 def _damage(folder: Path) -> str | None:

@@ -46,6 +46,9 @@ class Guard:
 
     A gradient of finite values whose norm alone is too large for its dtype is not found: clipping
     has made it 0.
+
+    Only steps that the scheduler has counted too are counted: to make an optimizer's state, torch's
+    get_state_dict takes a step of its own, with gradients of zero.
     """
 
     def __init__(self, choice: str, model: nn.Module, optimizer: Optimizer, scheduler: Any):
@@ -57,19 +60,20 @@ class Guard:
         device = self._parameters[0].device
         # Steps left out, those of them in a row, the last of them, and that on which the run ends.
         self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        # As they were before the newest call of the optimizer, and how many steps were done then.
+        self._before = self._counts.clone()
+        self._done_before: int | None = None
         self._told = 0  # of the steps left out, in the log
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        gradients = [one.grad for one in self._parameters if one.grad is not None]
+        gradients = [_local(one.grad) for one in self._parameters if one.grad is not None]
         if not gradients:
             return
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        is_bad = (~norm.isfinite()).long()
+        is_bad = (~nn.utils.get_total_norm(gradients).isfinite()).long()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # The norms are alike where nothing is broken; a copy of the weights that is must not
-            # go on without the others, or they without it.
+            # Each process looks at its part alone; and a copy of the weights that is broken must
+            # not go on without the others, or they without it.
             dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
         found = self._count(is_bad)
         if self._is_fused:
@@ -80,6 +84,9 @@ class Guard:
 
     def _count(self, is_bad: Tensor) -> Tensor:
         """Whether the step is left out: a number of one place, 0 or 1, on the device."""
+        self._counts.copy_(self._counted())
+        self._before.copy_(self._counts)
+        self._done_before = self._scheduler.last_epoch
         skipped, in_a_row, last, end = (self._counts[i] for i in range(4))  # views
         step = self._scheduler.last_epoch + 1
         goes_on = (end == 0).long()
@@ -90,9 +97,14 @@ class Guard:
         end += bad * (in_a_row >= self._most) * step
         return torch.maximum(bad, 1 - goes_on)
 
+    def _counted(self) -> Tensor:
+        """The counts, without a step that the scheduler has not counted: it was none of the run."""
+        is_none = self._done_before == self._scheduler.last_epoch
+        return self._before if is_none else self._counts
+
     def check(self) -> None:
         """NonFiniteError once the run is to end; in all processes alike. Waits for the device."""
-        skipped, _, last, end = self._counts.tolist()
+        skipped, _, last, end = self._counted().tolist()
         if end:
             raise NonFiniteError(self._why(end))
         if skipped > self._told:
@@ -128,13 +140,19 @@ class Guard:
 
     def state_dict(self) -> dict[str, list[int]]:
         """What a run that goes on has to know: nothing where no step was left out."""
-        counts = self._counts.tolist()
+        counts = self._counted().tolist()
         return {"nonfinite": counts} if counts[0] else {}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
         counts = state.get("nonfinite", [0, 0, 0, 0])
         self._counts.copy_(torch.tensor(counts))
+        self._done_before = None
         self._told = counts[0]
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that is spread over several."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
 class GuardedScheduler:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from apps.topk import data_files
 from tests.apps.tiny import write_corpus
 from tests.faults.runs import checkpoints, errors, long, result, start
 
@@ -139,8 +141,63 @@ def test_the_same_text_at_another_time_is_the_same(place, capfd):
     assert json.loads((place / "run/data.json").read_text("utf-8"))[CHUNK]["mtime_ns"] == 0
 
 
+def test_a_line_that_is_replaced_in_a_larger_file_is_found(tmp_path):
+    path = tmp_path / "large"
+    line = b'{"text": "The quick brown fox jumps over the lazy dog."}\n'  # 57 bytes
+    path.write_bytes(line * 18_000)  # less than a megabyte
+    then, size = data_files._described(path), path.stat().st_size
+    for at in (0, 9_000, 12_345, 17_999):
+        content = bytearray(line * 18_000)
+        content[57 * at + 27] = ord("b")
+        path.write_bytes(content)
+        os.utime(path, (0, 0))
+        assert data_files._difference(path, then) == "holds another text"
+    path.write_bytes(line * 20_000)
+    assert data_files._difference(path, then) is None  # grown to more than that
+    assert data_files._digest(path, size) == then["pieces"]
+
+
+def test_of_a_file_that_is_larger_still_a_megabyte_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "larger"
+    with open(path, "wb") as file:
+        file.truncate(1 << 28)  # no place on the disk is taken
+    then = data_files._described(path)
+    assert data_files._difference(path, then) is None
+    for at in (0, (1 << 28) - 1, ((1 << 28) - 4096) * 100 // 255):
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+        os.utime(path, (0, 0))
+        assert data_files._difference(path, then) == "holds another text"
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(bytes(1))
+        os.utime(path, (1, 1))
+        assert data_files._difference(path, then) is None
+
+
+WHOLE = {"bytes": 1, "mtime_ns": 2, "pieces": f"{data_files.PIECES}:{64 * 'a'}"}
+
+
+@pytest.mark.parametrize("entry", [
+    {"bytes": "1"}, {"bytes": True}, {"bytes": 1.5}, {"bytes": -1}, {"bytes": None},
+    {"mtime_ns": "2"}, {"mtime_ns": [2]}, {"pieces": 3}, {"pieces": None}, {"pieces": 64 * "a"},
+    {"pieces": f"8:{64 * 'a'}"}, {"pieces": "256:"},
+])  # fmt: skip
+def test_a_record_of_another_form_is_none(tmp_path, caplog, entry):
+    """Of other numbers of pieces, too, which would be taken for another text."""
+    args = SimpleNamespace(dump_dir=str(tmp_path))
+    path = tmp_path / data_files.NAME
+    path.write_text(json.dumps({"a": WHOLE}), "utf-8")
+    assert data_files._recorded(args) == {"a": WHOLE}
+    path.write_text(json.dumps({"a": WHOLE, "b": {**WHOLE, **entry}}), "utf-8")
+    assert data_files._recorded(args) is None
+    assert "b is described in another form" in caplog.text
+    assert "changes of the data are not seen" in caplog.text
+
+
 @pytest.mark.parametrize("content", ['{"a": 1}', *long("", "[]", '{"a": {"bytes": "x"}}')])
-def test_a_damaged_record_is_said_and_made_anew(place, content, caplog):
+def test_a_damaged_record_is_said_and_made_anew(place, content):
     (place / "run/data.json").write_text(content, encoding="utf-8")
     assert go_on() == 0
     assert CHUNK in json.loads((place / "run/data.json").read_text(encoding="utf-8"))

@@ -1,16 +1,23 @@
 """A gradient that is NaN or infinite: the run ends before it, or the step is left out."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import apps.main.train as host
 from apps.topk import nonfinite
-from apps.topk.nonfinite import Guard, NonFiniteError
+from apps.topk.nonfinite import Guard, GuardedScheduler, NonFiniteError
 from tests import processes
+from tests.apps.hostile import undisturbed
 from tests.apps.tiny import read_metrics
 from tests.faults.runs import checkpoints, errors, long, result, start
 
@@ -161,6 +168,58 @@ def test_once_the_run_is_to_end_no_step_changes_anything(fused):
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     with pytest.raises(NonFiniteError, match="step 2: the gradient"):
         guard.check()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_step_by_which_torch_makes_an_optimizers_state_is_not_counted(fused):
+    """Meta Lingua restores the train state first, and calls get_state_dict after it."""
+    model, optimizer, scheduler, guard = guarded("skip", fused)
+    both = GuardedScheduler(scheduler, guard)
+    both.load_state_dict({**scheduler.state_dict(), "last_epoch": 9, "nonfinite": [9, 9, 9, 0]})
+    get_state_dict(model, optimizer)
+    assert optimizer.state  # it has taken its step
+    assert both.state_dict()["nonfinite"] == [9, 9, 9, 0]
+    guard.check()
+    step(model, optimizer, scheduler, float("nan"))
+    assert both.state_dict()["nonfinite"] == [10, 10, 10, 10]
+    with pytest.raises(NonFiniteError, match="10 steps in a row"):
+        guard.check()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_neither_is_it_at_a_save_after_nothing_but_left_out_steps(fused):
+    model, optimizer, scheduler, guard = guarded("skip", fused)
+    for gradient in (float("nan"), float("inf")):
+        step(model, optimizer, scheduler, gradient)
+    optimizer.zero_grad()
+    get_state_dict(model, optimizer)
+    assert guard.state_dict() == {"nonfinite": [2, 2, 2, 0]}
+    step(model, optimizer, scheduler, 1.0)
+    assert guard.state_dict() == {"nonfinite": [2, 0, 2, 0]}
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf"), 1.0])
+def test_each_process_looks_at_its_own_part(gradient, one_process, monkeypatch):
+    """Of a gradient that is spread over several: no exchange but that of what was found."""
+    model, _, scheduler, _ = guarded("skip", False)
+    fully_shard(model, mesh=one_process)
+    guard = Guard("skip", model, torch.optim.AdamW(model.parameters()), scheduler)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+        assert isinstance(parameter.grad, DTensor)
+    monkeypatch.setattr(DTensor, "full_tensor", lambda *args: pytest.fail("full_tensor"))
+    monkeypatch.setattr(DTensor, "__torch_dispatch__", lambda *args: pytest.fail("a DTensor's"))
+    guard._before_step(SimpleNamespace(zero_grad=lambda **_: None))
+    scheduler.last_epoch += 1
+    assert guard.state_dict() == ({} if gradient == 1.0 else {"nonfinite": [1, 1, 1, 0]})
+
+
+@pytest.fixture
+def one_process():
+    with undisturbed():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
 
 
 def test_the_device_is_not_waited_for_at_every_step(monkeypatch):

@@ -1,18 +1,23 @@
 """Nothing that comes from a file is run: not by loading it, not by showing it, not by its name."""
 
+import errno
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from apps.topk import analyze, cli, export, generate, report, steer, trace
+from apps.topk import analyze, cli, export, generate, lingua_host, report, steer, trace
 from apps.topk.checkpoint import open_checkpoint
 from lingua.checkpoint import consolidate_checkpoints, read_model
 from lingua.errors import CheckpointError, UserError
+from lingua_topk import errors
 from lingua_topk._host.lingua._index import find_code
 from lingua_topk._host.lingua._manifest import find_damage
 from lingua_topk.analysis.vectors import from_sentence_transformer
@@ -72,8 +77,6 @@ def test_what_loads_data_alone_is_none(source):
 def lying_index(path: Path, change) -> None:
     index = dcp.FileSystemReader(path).read_metadata()
     change(index)
-    import pickle
-
     (path / ".metadata").write_bytes(pickle.dumps(index))
 
 
@@ -204,6 +207,137 @@ def test_what_another_loader_would_run_is_found(place, harm):
     else:
         assert find_code(NEWEST)
     assert not Path(MARK).exists()
+
+
+# What is seen to on Meta Lingua, which loads by torch's own reader.
+
+
+@pytest.fixture
+def on_lingua(monkeypatch):
+    monkeypatch.setattr(lingua_host, "is_lingua", lambda: True)
+
+
+def folder_for_an_index(path: Path) -> None:
+    (path / ".metadata").unlink()
+    (path / ".metadata").mkdir()
+
+
+def link_to_nowhere(path: Path) -> None:
+    (path / ".metadata").unlink()
+    (path / ".metadata").symlink_to("nowhere")
+
+
+def pipe_for_an_index(path: Path) -> None:
+    (path / ".metadata").unlink()
+    os.mkfifo(path / ".metadata")
+
+
+def index_of_a_process_alone(path: Path) -> None:
+    (path / ".metadata").rename(path / "__0.metadata")
+
+
+def index_without_places(path: Path) -> None:
+    lying_index(path, lambda index: setattr(index, "storage_data", None))
+
+
+def index_of_odd_places(path: Path) -> None:
+    lying_index(path, lambda index: setattr(index, "storage_data", {"x": "y"}))
+
+
+def index_of_no_tensors(path: Path) -> None:
+    lying_index(path, lambda index: setattr(index, "state_dict_metadata", None))
+
+
+def compressed_object(path: Path) -> None:
+    def change(index) -> None:
+        for place in index.storage_data.values():
+            place.transform_descriptors = ["stream.zstd"]
+
+    lying_index(path, change)
+
+
+@pytest.mark.parametrize("harm", [
+    folder_for_an_index, link_to_nowhere, pipe_for_an_index, index_of_a_process_alone,
+    index_without_places, index_of_odd_places, index_of_no_tensors, compressed_object,
+], ids=lambda harm: harm.__name__)  # fmt: skip
+def test_another_loader_is_given_no_checkpoint_that_cannot_be_read(place, on_lingua, harm):
+    lingua_host.check_without_code(NEWEST)
+    harm(NEWEST)
+    if not (NEWEST / "__0.metadata").exists():  # to which torch turns then
+        (NEWEST / "__0.metadata").write_bytes(pickle.dumps(Payload()))
+    assert "cannot be read" in find_code(NEWEST)
+    with pytest.raises(errors.CheckpointError, match=f"{NEWEST} is not loaded: .* cannot be read"):
+        lingua_host.check_without_code(NEWEST)
+    assert not Path(MARK).exists()
+
+
+def test_a_folder_without_an_index_is_none_of_its_checkpoints(place, on_lingua):
+    lingua_host.check_without_code(Path("hf"))
+
+
+def code_in_its_objects(path: Path) -> None:
+    code_in_objects(str(path))(Path())
+
+
+def index_of_another_torch(path: Path) -> None:
+    lying_index(path, lambda index: setattr(index, "planner_data", SimpleNamespace()))
+
+
+def set_aside(*damaged: str) -> list[str]:
+    """What the run's checkpoints are called then."""
+    args = SimpleNamespace(dump_dir="run", checkpoint=SimpleNamespace(path=None))
+    for name in damaged:
+        Path("run/checkpoints", name, "params.json").unlink()
+    try:
+        lingua_host.set_aside_damaged(args)
+    finally:
+        found = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    return found
+
+
+@pytest.mark.parametrize("harm", [
+    code_in_its_objects, index_of_another_torch, index_that_is_code,
+], ids=lambda harm: harm.__name__)  # fmt: skip
+@pytest.mark.parametrize("newest", ["whole", "damaged"])
+def test_a_run_does_not_begin_anew_over_what_cannot_be_looked_through(
+    place, on_lingua, harm, newest
+):
+    """It may be so with all of the run's checkpoints; only what is damaged is set aside."""
+    last = Path("run/checkpoints/0000000006")
+    if newest == "damaged":
+        shutil.copytree(NEWEST, last)
+        (last / "train_state_00000.json").unlink()
+    for folder in (NEWEST.with_name("0000000002"), NEWEST):
+        harm(folder)
+    before = sorted(Path("run/checkpoints").rglob("*"))
+    with pytest.raises(
+        errors.CheckpointError, match=r"is not loaded: .* move it away to go on"
+    ) as found:
+        set_aside()
+    assert str(found.value).startswith(str(NEWEST))
+    assert sorted(Path("run/checkpoints").rglob("*")) == before
+    assert not Path(MARK).exists()
+
+
+def test_neither_does_it_over_a_disk_that_fails(place, on_lingua, monkeypatch):
+    def fail(path, *args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", fail)
+        with pytest.raises(
+            errors.CheckpointError, match=r"cannot be read .Input/output error.: move it"
+        ):
+            set_aside()
+    assert set_aside() == ["0000000002", "0000000004"]
+
+
+def test_what_is_damaged_is_set_aside(place, on_lingua):
+    assert set_aside("0000000004") == ["0000000002", "damaged_0000000004"]
+    code_in_objects("run/checkpoints/0000000002")(Path())
+    shutil.copytree("run/checkpoints/damaged_0000000004", NEWEST)
+    shutil.copy("run/checkpoints/0000000002/params.json", NEWEST)
+    assert set_aside() == ["0000000002", "0000000004", "damaged_0000000004"]  # only older ones
 
 
 def test_an_index_may_name_files_of_its_own_folder_alone(place):

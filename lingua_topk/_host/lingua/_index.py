@@ -38,12 +38,16 @@ _ALLOWED = {
 }
 
 
+class UnlistedError(pickle.UnpicklingError):
+    """An index names what is none of `_ALLOWED`: code, or what another torch writes there."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
+        raise UnlistedError(f"it names {module}.{name}, which is no part of an index")
 
 
 @contextmanager
@@ -91,18 +95,37 @@ def find_code(folder: Path) -> str | None:
 
     For a host that loads by torch's own reader: Meta Lingua. None where there is nothing.
     """
+    if not Path(folder, METADATA_NAME).is_file():  # a pipe would be waited for
+        return f"{METADATA_NAME} cannot be read (there is no such file)"
     try:
         reader = Reader(folder)
         index = reader.read_metadata()
+        objects = [
+            (at.fqn, place)
+            for at, place in index.storage_data.items()
+            if isinstance(index.state_dict_metadata.get(at.fqn), BytesStorageMetadata)
+        ]
     except Exception as error:  # it is a pickle: broken ones raise anything
         return f"{METADATA_NAME} cannot be read ({error})"
-    for at, place in index.storage_data.items():
-        if isinstance(index.state_dict_metadata.get(at.fqn), BytesStorageMetadata):
-            try:
-                with open(Path(folder, place.relative_path), "rb") as file, _no_advice():
-                    torch.load(reader._slice_file(file, place), weights_only=True)
-            except Exception as error:  # a damaged file raises a dozen kinds
-                return f"{at.fqn} in {place.relative_path} cannot be read ({error})"
+    for name, place in objects:
+        try:
+            if getattr(place, "transform_descriptors", None):
+                raise ValueError("it is compressed, and is not looked through")
+            with open(Path(folder, place.relative_path), "rb") as file, _no_advice():
+                torch.load(reader._slice_file(file, place), weights_only=True)
+        except Exception as error:  # a damaged file raises a dozen kinds
+            return f"{name} in {place.relative_path} cannot be read ({error})"
+    return None
+
+
+def find_unlisted(folder: Path) -> str | None:
+    """What an index names that is no part of one; None also where it is merely broken."""
+    try:
+        Reader(folder).read_metadata()
+    except UnlistedError as error:
+        return f"{METADATA_NAME} cannot be read ({error})"
+    except Exception:  # it is a pickle: broken ones raise anything
+        return None
     return None
 
 
