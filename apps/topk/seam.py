@@ -15,7 +15,7 @@ from apps.topk import lingua_host, nonfinite
 from apps.topk.annealing import AnnealingScheduler, ResumableScheduler
 from apps.topk.model import TopKTrainArgs, TopKTransformer
 from lingua_topk import topk_handle
-from lingua_topk._host.lingua._lock import held
+from lingua_topk._host.lingua._lock import folders_of_run, held
 from lingua_topk.errors import HostError
 
 logger = logging.getLogger(__name__)
@@ -103,13 +103,14 @@ class Seam:
         return GuardedManager
 
     def dump_config(self, config: Any, path: Path, *args: Any, **kwargs: Any) -> None:
-        """Meta Lingua's, its first write, by one process, into a folder that is this run's alone.
+        """Meta Lingua's, its first write, by one process, into folders that are this run's alone.
 
         The embedded host sees to that itself.
         """
-        note = self._folders.enter_context(held(Path(self._args.dump_dir), "dump_dir"))
-        if note:
-            logger.warning("%s", note)
+        for field, folder in folders_of_run(self._args.dump_dir, self._args.checkpoint.path):
+            note = self._folders.enter_context(held(folder, field))
+            if note:
+                logger.warning("%s", note)
         self._dump_config(config, path, *args, **kwargs)
 
     def close(self) -> None:

@@ -125,9 +125,10 @@ def trace(
         ),
         folder=folder,
     )  # fmt: skip
-    result = work.trace(settled)
-    output.write(folder, result, wanted, output.origin(work, settled))
-    work.clean_up()
+    with cli.alone(folder, "out"):
+        result = work.trace(settled)
+        output.write(folder, result, wanted, output.origin(work, settled))
+        work.clean_up()
     for layer, index in wanted:
         _show(result, layer, index)
     print(f"written: {folder} ({len(checkpoints)} checkpoints, {len(chosen)} layers)")

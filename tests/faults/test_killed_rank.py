@@ -1,6 +1,7 @@
 """One of two processes is lost: the other ends, says so, and the same command goes on."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lingua import _rendezvous
+from lingua import _peers, _rendezvous
 from lingua._peers import lost_peer
 from lingua._timeout import get_timeout
 from lingua.errors import CheckpointError, ConfigError
@@ -103,12 +104,65 @@ def test_a_lost_process_is_told_wherever_it_was_missed(text):
         assert ("LINGUA_TOPK_TIMEOUT" in said) == ("Timed out" in text)
 
 
+NCCL = "NCCL error in: /p/NCCLUtils.cpp:94, {}, NCCL version 2.29.3\n{}\nLast error:\n{}"
+USAGE = "ncclInvalidUsage: This usually reflects invalid usage of NCCL library."
+CUDA = "ncclUnhandledCudaError: Call to CUDA function failed."
+REMOTE = (
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"
+    " prematurely."
+)
+DEVICE = "[enforce fail at ../third_party/gloo/gloo/transport/tcp/device.cc:84] "
+
+
+@pytest.mark.parametrize("error", [
+    dist.DistBackendError(NCCL.format("remote process exited or there was a network error", REMOTE,
+                                      "socketProgress: Connection closed by remote peer n<5>")),
+    dist.DistBackendError("store->get('0') got error: failed to recv, got 0 bytes"),
+    dist.DistBackendError("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(...)"),
+    dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect"),
+    dist.DistStoreError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
+    RuntimeError("Gloo connectFullMesh failed with [../third_party/gloo/gloo/transport/tcp/pair.cc:"
+                 "144] no error"),
+])  # fmt: skip
+def test_other_transports_tell_it_in_their_own_words(error):
+    assert lost_peer(error).startswith(LINE.removeprefix("error: "))
+
+
 @pytest.mark.parametrize("error", [
     RuntimeError("CUDA out of memory"), ValueError("gloo/"), CheckpointError("is damaged"),
     OSError(104, "Connection reset by peer"),
+    RuntimeError("/data/gloo/transport/a.bin cannot be read: timed out"),
+    dist.DistBackendError(NCCL.format("invalid usage", USAGE, "Duplicate GPU detected : rank 1")),
+    dist.DistBackendError(NCCL.format("invalid usage", USAGE, "")),
+    dist.DistBackendError(NCCL.format("unhandled cuda error", CUDA,
+                                      "Cuda failure 2 'out of memory'")),
+    dist.DistBackendError(NCCL.format("unhandled cuda error", CUDA,
+                                      "Cuda failure 702 'the launch timed out'")),
+    dist.DistNetworkError("The server socket has failed to listen on any local network address."
+                          " port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message:"
+                          " address already in use"),
+    RuntimeError(DEVICE + "ifa != nullptr. Unable to find interface for: [0.0.0.1]"),
+    RuntimeError(DEVICE + "ifa != nullptr. Unable to find address for: eth9"),
+    RuntimeError("[../third_party/gloo/gloo/transport/tcp/device.cc:9] Unable to find address for"
+                 " interface eth9"),
 ])  # fmt: skip
 def test_other_errors_are_not_taken_for_one(error):
     assert lost_peer(error) is None
+
+
+def test_the_time_to_wait_is_named_where_it_is_read(monkeypatch):
+    """Inside Lingua nothing reads it: its `lingua` has no such module."""
+    error = dist.DistStoreError("timed out")
+    assert "LINGUA_TOPK_TIMEOUT" in lost_peer(error)
+    monkeypatch.delitem(sys.modules, "lingua._timeout")
+    assert "LINGUA_TOPK_TIMEOUT" not in lost_peer(error)
+
+
+def test_an_error_that_is_cut_is_whole_in_the_log(caplog):
+    caplog.set_level(logging.DEBUG, _peers.logger.name)
+    text = f"timed out {'x' * 300} the end"
+    assert "the end" not in lost_peer(dist.DistStoreError(text))
+    assert text in caplog.text
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", "1e9"])

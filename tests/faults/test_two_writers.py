@@ -2,16 +2,18 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import apps.main.train as host
-from apps.topk import analyze, cli, lingua_host
+from apps.topk import analyze, cli, lingua_host, trace
 from apps.topk import eval as eval_module
 from apps.topk.model import TopKTrainArgs
 from apps.topk.seam import install
@@ -93,6 +95,91 @@ def test_without_locks_it_is_said_and_gone_on(corpus, tmp_path, monkeypatch):
     assert "cannot be locked (No locks available): that no other program writes there" in log
 
 
+def link(path, target):
+    target.write_text("mine", encoding="utf-8")
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("make", [
+    link,
+    lambda path, target: path.symlink_to(target),  # which is not there
+    lambda path, target: os.mkfifo(path),
+    lambda path, target: path.mkdir(),
+    lambda path, target: path.write_text("mine", encoding="utf-8"),
+], ids=["link", "link to nothing", "pipe", "folder", "file"])  # fmt: skip
+def test_what_somebody_else_has_put_in_its_place_is_left_alone(tmp_path, make):
+    (tmp_path / "out").mkdir()
+    path, target = tmp_path / "out" / _lock.NAME, tmp_path / "target"
+    make(path, target)
+
+    def state():
+        read = {one: one.read_text(encoding="utf-8") for one in (path, target) if one.is_file()}
+        return path.lstat(), target.exists(), read
+
+    before = state()
+    with held(tmp_path / "out", "out") as note:
+        assert "/out cannot be locked (" in note
+    after = state()
+    assert after[0].st_mode == before[0].st_mode and after[0].st_ino == before[0].st_ino
+    assert after[1:] == before[1:]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/run", "loop"])
+def test_of_a_folder_that_cannot_be_written_the_writer_tells(tmp_path, folder):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with held(tmp_path / folder, "out") as note:
+        assert note is None
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_error_within_came_of_nothing_else(tmp_path):
+    (tmp_path / _lock.NAME).mkdir()
+    with pytest.raises(ZeroDivisionError) as raised, held(tmp_path, "out"):
+        raise ZeroDivisionError
+    assert raised.value.__context__ is None
+
+
+@pytest.mark.parametrize("job, restarts, gone_after, waits", [
+    ("7", "1", 60, True),  # what a node that failed has left
+    ("7", "1", None, True),  # it never goes
+    ("7", "0", 60, False), ("8", "1", 60, False), ("7", "", 60, False), ("7", "x", 60, False),
+])  # fmt: skip
+def test_a_job_that_was_started_again_waits_for_its_own_lock(
+    tmp_path, monkeypatch, caplog, job, restarts, gone_after, waits
+):
+    path = tmp_path / _lock.NAME
+    path.write_text(json.dumps({"process": 1, "machine": "node", "job": "7"}), encoding="utf-8")
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    dead = os.open(path, os.O_RDWR)
+    fcntl.flock(dead, fcntl.LOCK_EX)
+    now, slept = [1000.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+        slept.append(seconds)
+        if gone_after is not None and sum(slept) >= gone_after:
+            fcntl.flock(dead, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(_lock, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    try:
+        if waits and gone_after:
+            with held(tmp_path, "dump_dir") as note:
+                assert note is None
+            assert gone_after <= sum(slept) <= gone_after + _lock.PAUSE
+        else:
+            with (
+                pytest.raises(_lock.ConfigError, match=r"\(process 1 on node of SLURM job 7\)"),
+                held(tmp_path, "dump_dir"),
+            ):
+                pass
+            assert sum(slept) == (_lock.PATIENCE if waits else 0)
+    finally:
+        os.close(dead)
+    assert caplog.text.count("waiting for at most 180 s") == waits
+
+
 def test_a_lock_is_given_back_by_an_error_and_a_new_folder_with_it(tmp_path):
     with pytest.raises(ZeroDivisionError), held(tmp_path / "a/b", "out"):
         assert (tmp_path / "a/b" / _lock.NAME).is_file()
@@ -164,6 +251,11 @@ def test_in_linguas_loop_the_first_write_takes_the_folder(tmp_path, other, monke
     with install(args) as module, pytest.raises(_lock.ConfigError, match=r"dump_dir=.* is being"):
         module.dump_config({}, tmp_path / "run/config.yaml")
     assert len(written) == 1
+    args = TopKTrainArgs(dump_dir=str(tmp_path / "new"))
+    args.checkpoint.path = str(tmp_path / "run")  # not in the dump_dir
+    with install(args) as module, pytest.raises(_lock.ConfigError, match=r"checkpoint\.path=.* is"):
+        module.dump_config({}, tmp_path / "new/config.yaml")
+    assert len(written) == 1 and not (tmp_path / "new").exists()
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +273,12 @@ def test_other_programs_are_refused_too(trained, tmp_path, other, capfd):
     evaluation = ["config=" + str(config), f"ckpt_dir={checkpoint}", f"dump_dir={tmp_path}/out"]
     args = cli.merge(eval_module.EvalArgs, (cli.dot_list(evaluation[1:]), "here"))
     analysis = ["--ckpt", str(checkpoint), "--out", f"{tmp_path}/out", "--device", "cpu"]
+    tracing = ["--ckpts", str(trained), "--out", f"{tmp_path}/out", "--device", "cpu"]
     other(tmp_path / "out")
     for field, program in (
         ("dump_dir", lambda: eval_module.launch_eval(args)),
         ("out", lambda: analyze.main([*analysis, "--tokens", "500", "--quiet"])),
+        ("out", lambda: trace.main([*tracing, "--tokens", "500"])),
     ):
         capfd.readouterr()
         assert status_of(program) == 2

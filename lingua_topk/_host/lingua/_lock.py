@@ -13,17 +13,26 @@ what it imports need nothing else of the host.
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ConfigError
 
-NAME = ".lock"
+logger = logging.getLogger(__name__)
+
+NAME = ".lingua_topk.lock"
 # What flock says of a lock that another process has; all else is a file system without locks.
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+# How long a job that SLURM started again waits for its own earlier start, and how often it asks.
+PATIENCE, PAUSE = 180.0, 5.0  # seconds
+_BEGINNING = b'{"process": '  # of what is written into the file
+_TRIES = 10  # for a folder that others make and remove
 
 _held: set[int] = set()  # descriptors
 
@@ -32,47 +41,97 @@ _held: set[int] = set()  # descriptors
 def held(folder: Path, field: str) -> Iterator[str | None]:
     """Within it no other program that asks for `folder` gets it; it is made where there is none.
 
-    field: the name under which the user gave it. Yields a line for the log where it cannot be
-    locked, None where it is. ConfigError while another program has it; nothing is changed then.
+    field: the name under which the user gave it. Yields a line for the log where it can be written
+    but not locked, None where it is locked, and where it cannot be written at all: whoever tries
+    finds that out, and says it better. ConfigError while another program has it; nothing is
+    changed then.
     """
-    is_new = not folder.exists()
+    is_new = not os.path.exists(folder)
     path = folder / NAME
+    descriptor = note = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _taken(path)
+        descriptor = _taken_in_time(path)
     except BlockingIOError:
         raise ConfigError(
             f"{field}={folder} is being written by another program ({_holder(path)}): wait for its"
             " end or stop it, or give another folder"
         ) from None
     except OSError as error:
-        # Whoever cannot write there at all finds that out by what it writes, and says it better.
-        yield (
-            f"{folder} cannot be locked ({error.strerror}): that no other program writes there at"
-            " the same time is not checked"
-        )
-        return
-    _held.add(descriptor)
+        note = _note(path, error)
+    # Not within the `except`: an error of the body did not come of this one.
     try:
-        yield None
+        yield note
     finally:
-        with suppress(OSError):
-            path.unlink()  # ours still, so that nobody has it: see _taken
-        _held.discard(descriptor)
-        os.close(descriptor)
+        if descriptor in _held:  # not in a forked process
+            with suppress(OSError):
+                path.unlink()  # ours still, so that nobody has it: see _taken
+            _held.discard(descriptor)
+            os.close(descriptor)
         if is_new:
             with suppress(OSError):  # it holds something
                 folder.rmdir()
 
 
+def folders_of_run(dump_dir: str, checkpoints: str | None) -> Iterator[tuple[str, Path]]:
+    """Field and path of each folder that a training run has to have for itself."""
+    yield "dump_dir", Path(dump_dir)
+    if checkpoints and not Path(checkpoints).resolve().is_relative_to(Path(dump_dir).resolve()):
+        yield "checkpoint.path", Path(checkpoints)
+
+
+def _note(path: Path, error: OSError) -> str | None:
+    """What to say of a folder that is not locked; None where nothing can be made in it."""
+    if not os.path.lexists(path) or not os.access(path.parent, os.W_OK):
+        return None
+    return (
+        f"{path.parent} cannot be locked ({error.strerror}): that no other program writes there at"
+        " the same time is not checked"
+    )
+
+
+def _taken_in_time(path: Path) -> int:
+    """_taken, waiting for what an earlier start of this SLURM job has left.
+
+    A file system of a cluster may keep the lock of a node that failed until its lease is over.
+    """
+    until = time.monotonic() + PATIENCE
+    is_told = False
+    while True:
+        try:
+            return _taken(path)
+        except BlockingIOError:
+            if not _is_of_earlier_start(path) or time.monotonic() >= until:
+                raise
+        if not is_told:
+            logger.warning(
+                "%s is locked by an earlier start of this job: waiting for at most %.0f s",
+                path.parent, PATIENCE,
+            )  # fmt: skip
+            is_told = True
+        time.sleep(PAUSE)
+
+
+def _is_of_earlier_start(path: Path) -> bool:
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+    if not job or not restarts.isdecimal() or int(restarts) == 0:
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["job"] == job
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def _taken(path: Path) -> int:
     """A descriptor with the lock. BlockingIOError where another has it, OSError for no locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _opened(path)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise _not_ours(path)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(descriptor, path):  # else the one before has ended and removed it
-                _describe(descriptor)
+                _describe(descriptor, path)
+                _held.add(descriptor)
                 return descriptor
         except OSError as error:
             os.close(descriptor)
@@ -82,15 +141,38 @@ def _taken(path: Path) -> int:
         os.close(descriptor)
 
 
+def _opened(path: Path) -> int:
+    """The file itself, never what a link leads to, and without waiting for a pipe's other end."""
+    for tries_left in reversed(range(_TRIES)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            return os.open(path, flags, 0o666)
+        except FileNotFoundError:  # the one before has just removed the folder that it made
+            if not tries_left:
+                raise
+        except OSError as error:
+            raise _not_ours(path) if error.errno == errno.ELOOP else error from None
+    raise AssertionError
+
+
+def _not_ours(path: Path) -> OSError:
+    return OSError(errno.EINVAL, f"{path.name} in it is not of this program")
+
+
 def _is_still(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
-def _describe(descriptor: int) -> None:
-    """Write down who has it, for those that it refuses."""
+def _describe(descriptor: int, path: Path) -> None:
+    """Write down who has it, for those that it refuses. OSError for a file of somebody else."""
+    # Empty, or zeros after a power failure, where its writer did not come further.
+    found = os.pread(descriptor, len(_BEGINNING), 0).strip(b"\0")
+    if not _BEGINNING.startswith(found):
+        raise _not_ours(path)
     words = {"process": os.getpid(), "machine": socket.gethostname()}
     job = os.environ.get("SLURM_JOB_ID")
     with suppress(OSError):  # a full disk, on which it is locked all the same

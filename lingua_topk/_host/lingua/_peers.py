@@ -7,14 +7,33 @@ apps.topk uses this module on both hosts, under its name within lingua_topk: it 
 else of the host.
 """
 
+import logging
 import re
+import sys
 from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_NAME = "LINGUA_TOPK_TIMEOUT"
 _TORCH_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
-# gloo raises a bare RuntimeError; these are words of its own alone.
+# What a process sees of another that is gone; torch's errors without such words are one's own.
+_GONE = re.compile(
+    r"connection.{0,20} (closed|reset|refused|aborted)|lost connection|socket closed|broken pipe"
+    r"|timed out|timeout|got 0 bytes|failed to (recv|connect)|connectFullMesh failed"
+    r"|no route to host|network is (unreachable|down)|host is (unreachable|down)"
+    r"|ncclRemoteError|remote process exited|communicator was aborted",
+    re.IGNORECASE,
+)
+# One's own device, settings or addresses, whatever else is said of them.
+_OWN = re.compile(
+    r"ncclInvalidUsage|ncclInvalidArgument|ncclUnhandledCudaError|Cuda failure|out of memory"
+    r"|Duplicate GPU|EADDRINUSE|address already in use|ifa != nullptr|unable to find (an )?address",
+    re.IGNORECASE,
+)
+# gloo raises a bare RuntimeError: it is known by where in its source, or by words of its own alone.
 _GLOO = re.compile(
-    r"gloo/|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv) operation"
+    r"\[[^\]]*(third_party/gloo|gloo/transport)/[^\]]*\.cc:\d+\]"
+    r"|Connection (closed|reset) by peer|Timed out waiting \d+ms for (send|recv) operation"
 )
 _SOURCE = re.compile(r"\[[^\]]*\.cc:\d+\] ")  # where in gloo's own source
 _LONGEST = 200  # characters of it that are shown
@@ -23,15 +42,21 @@ _LONGEST = 200  # characters of it that are shown
 def lost_peer(error: BaseException) -> str | None:
     """A line for the user where `error` came of a lost process; None for any other error."""
     for one in _chain(error):
+        text = str(one)
         is_of_torch = type(one).__name__ in _TORCH_TYPES
-        if is_of_torch or (isinstance(one, RuntimeError) and _GLOO.search(str(one))):
-            return _told(_SOURCE.sub("", str(one)))
+        is_of_gloo = isinstance(one, RuntimeError) and _GLOO.search(text)
+        if (is_of_torch or is_of_gloo) and _GONE.search(text) and not _OWN.search(text):
+            return _told(_SOURCE.sub("", text))
     return None
 
 
-def _told(reason: str) -> str:
-    reason = " ".join(reason.partition("This is typically caused by")[0].split())[:_LONGEST]
+def _told(text: str) -> str:
+    reason = " ".join(text.partition("This is typically caused by")[0].split())[:_LONGEST]
+    if len(reason) < len(" ".join(text.split())):
+        logger.debug("of another process: %s", text)
     waits = "imed out" in reason or "timeout" in reason
+    # Where the embedded host trains: only it reads that name, not another host called `lingua`.
+    waits = waits and "lingua._timeout" in sys.modules
     more = f" ({TIMEOUT_NAME} says how many seconds one waits for another)" if waits else ""
     return (
         f"another process of this run has ended or cannot be reached ({reason.rstrip('. ')}){more}:"

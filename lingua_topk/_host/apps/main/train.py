@@ -39,7 +39,7 @@ from apps.main.transformer import (
     get_num_flop_per_token,
     tp_parallelize,
 )
-from lingua._lock import held
+from lingua._lock import folders_of_run, held
 from lingua._manifest import find_damage, from_first
 from lingua._peers import lost_peer
 from lingua._reshare import reshare
@@ -366,12 +366,10 @@ def train(args: TrainArgs) -> None:
 
 def _take_folders(args: TrainArgs, stack: ExitStack) -> list[str]:
     """Lock what the run writes until `stack` ends; lines for the log. ConfigError."""
-    dump_dir, checkpoints = Path(args.dump_dir), Path(args.checkpoint.path)
+    checkpoints = Path(args.checkpoint.path)
     if checkpoints.exists() and not checkpoints.is_dir():
         raise _unwritable(args, os.strerror(errno.EEXIST))
-    wanted = [("dump_dir", dump_dir)]
-    if not checkpoints.resolve().is_relative_to(dump_dir.resolve()):
-        wanted.append(("checkpoint.path", checkpoints))
+    wanted = folders_of_run(args.dump_dir, args.checkpoint.path)
     notes = [stack.enter_context(held(folder, field)) for field, folder in wanted]
     return [note for note in notes if note]
 
