@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apps.topk import cli, side_by_side
 from apps.topk.evaluation.results import DONE_NAME
@@ -63,12 +63,25 @@ def _take(run: Run, args: StudyArgs) -> None:
             there = None
         if there != now:
             raise ConfigError(
-                f"{run.folder} was made with other keys than those of this study, by {MADE_WITH} in"
-                " it: give dump_dir=OTHER, or move it away"
+                f"{run.folder} was made with other keys than this study has"
+                f" ({_first_other(there, now)} by {MADE_WITH} in it): give dump_dir=OTHER, or move"
+                " it away"
             )
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, now)
+
+
+def _first_other(there: Any, now: dict[str, list[str]]) -> str:
+    """A word that one of the two has and the other has not."""
+    for part, words in now.items():
+        earlier = there.get(part) if isinstance(there, dict) else None
+        if not isinstance(earlier, list):
+            return "unknown ones"
+        for word in [*words, *earlier]:
+            if (word in words) != (word in earlier):
+                return f"{word} {'is new' if word in words else 'is not among them'},"
+    return "in another order"
 
 
 def _train(runs: Sequence[Run], parallel: int) -> None:

@@ -3,13 +3,15 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from apps.topk import cli, lingua_host
 from apps.topk.submission import arguments
 from apps.topk.submission.arguments import SubmitArgs, stool_args
+from lingua_topk.errors import ConfigError
 
 PROGRAM = "apps.topk.submit"
 HELP = f"""\
@@ -27,7 +29,9 @@ element starts when the run of its number has ended well. Evaluations go to DUMP
 by the name in eval_config, the sweep's own files into a folder sweep/ beside the runs. A run
 that reaches its time limit saves, goes back into the queue and on from there.
 
-Keys of all runs are given with train. in front, of all evaluations with eval.:
+A node has ngpu GPUs and as many processes (8; a small model wants ngpu=1), ncpu CPUs for each.
+
+Keys of the runs are given with train. in front (config=FILE too), of all evaluations with eval.:
   sweep=configs/paper sweep_dir=dumps/trial train.steps=100 eval.harness.limit=10
 
 dry_run=true prints scripts and runs, and writes nothing. launcher=bash runs all here, one after
@@ -46,7 +50,9 @@ def _main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(HELP + OmegaConf.to_yaml(OmegaConf.structured(SubmitArgs())).rstrip())
         return
-    args = cli.merge(SubmitArgs, (cli.dot_list(argv), "the command line"))
+    words = cli.dot_list(argv)
+    _check_words(words)
+    args = cli.merge(SubmitArgs, (words, "the command line"))
     arguments.check(args)
     if lingua_host.is_lingua():
         # Whose scripts take the environment's programs from the path, activated or not.
@@ -55,6 +61,18 @@ def _main(argv: list[str]) -> None:
     status = _submit_single(args) if args.sweep is None else _submit_sweep(args)
     if status:
         raise SystemExit(status)
+
+
+def _check_words(words: DictConfig) -> None:
+    """ConfigError for a key of the runs that is given as one of the submission."""
+    for name in set(words) - {one.name for one in fields(SubmitArgs)}:
+        from apps.topk.model import TopKTrainArgs  # with torch, which takes seconds
+
+        if name in {one.name for one in fields(TopKTrainArgs)}:
+            raise ConfigError(
+                f"{name} is a key of the runs, not of the submission: write train.{name}..., as in"
+                " train.steps=1000"
+            )
 
 
 def _submit_single(args: SubmitArgs) -> int:

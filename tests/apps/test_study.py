@@ -148,6 +148,8 @@ def test_a_run_that_was_ended_early_ends_the_study(config, tmp_path, monkeypatch
         (["runs.other=[model.topk.kk=3]"], "model.topk.kk"),
         (["set=[steps=0]"], "steps=0 is too small"),
         (["paralel=2"], "paralel"),
+        (["eval=nowhere.yaml"], "eval=nowhere.yaml is not there"),
+        (["runs.other=[data.root_dir=/nowhere]"], "runs.other: /nowhere/text is not there"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -191,9 +193,20 @@ def test_an_evaluation_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_shipped_studies_can_be_run(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_shipped_studies_can_be_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     args = read_arguments([f"config={path}"], "")
+    if args.analyze:
+        with pytest.raises(ConfigError, match=r"vectors=data/study/vectors\.txt is not there"):
+            runs_of(args)
+    for size in ("4k", "32k"):
+        (tmp_path / f"data/study/{size}/text").mkdir(parents=True)
+    (tmp_path / "data/study/vectors.txt").touch()
+    with pytest.raises(ConfigError, match=r"tokenizer\.model is not there .*prepare the text"):
+        runs_of(args)
+    for size in ("4k", "32k"):
+        (tmp_path / f"data/study/{size}/tokenizer.model").touch()
     runs = runs_of(args)
     assert len(runs) == len(args.runs) * max(len(args.seeds), 1)
     assert Path(args.eval).is_file() and isinstance(args, StudyArgs)

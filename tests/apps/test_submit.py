@@ -237,6 +237,8 @@ def test_what_sbatch_refuses(project, submitted):
         (["sweep=configs", "train.stepz=1"], "stepz (in train.* on the command line) is no known"),
         (["sweep=configs", "train.model.topk.k=0"], "configs/b.yaml: model.topk.k=0 is too small"),
         (["sweep=configs", "train.name=x"], "train.name=x would be that of all runs"),
+        (["sweep=configs", "steps=3"], "steps is a key of the runs, not of the submission: write"),
+        (["sweep=configs", "stepz=3"], "stepz (in the command line) is no known key"),
         (["sweep=configs", "eval.dump_dir=x"], "eval.dump_dir=x would be that of all evaluations"),
         (["sweep=configs", "train.checkpoint.path=x"], "checkpoint.path=x is not allowed in a"),
         (["sweep=configs", "train=3"], "train (in the command line): "),

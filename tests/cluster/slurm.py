@@ -2,9 +2,10 @@
 
     python -m tests.cluster.slurm
 
-starts one, prints what makes a shell use it, and stops it at Ctrl-C. It has its own
-configuration, key, state and ports, so it neither needs nor disturbs another SLURM of the machine.
-From Debian's packages slurm-wlm and munge, and as root: slurmd runs jobs as the users they are of.
+starts one, prints what makes another shell use it (there: submit ... partition=loopback ngpu=1),
+and stops it at Ctrl-C, or at SIGTERM where it is in the background. It has its own configuration,
+key, state and ports, so it neither needs nor disturbs another SLURM of the machine. From Debian's
+packages slurm-wlm and munge, and as root: slurmd runs jobs as the users they are of.
 """
 
 import contextlib

@@ -20,6 +20,19 @@ EVALUATION = "evals/study"  # in the dump_dir of a run
 SEEDS = ("seed", "model.seed", "data.seed")
 
 
+NOTES = """\
+  dump_dir    holds a folder a run; summary.md, table.md (both also as .csv) and report.html
+  train, set  the config of apps.topk.train that all runs share, and keys of it for all
+  runs        by name the keys in which a run differs, as {topk: [], vanilla: [model.topk=null]}
+  twin        the run that the others are compared with
+  seeds       every run once with each; without any, once with the seeds of its config
+  parallel    how many run at the same time
+  eval        the config of apps.topk.eval for every run's last checkpoint; eval_set: keys of it
+  read        the run whose neurons are read and steered, by apps.topk.analyze and steer_eval with
+              the flags in analyze and steer; null for none
+configs/study has studies to begin with, and what they gave."""
+
+
 @dataclass
 class StudyArgs:
     """What is trained, how it is judged, and which of it is read."""
@@ -91,6 +104,9 @@ def check(args: StudyArgs) -> None:
             raise ConfigError(
                 f"runs: {name!r} cannot be a folder's name: use letters, digits, -, _ and dots"
             )
+    for name, path in (("eval", args.eval), ("analyze.vectors", args.analyze.get("vectors"))):
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{name}={path} is not there (from {Path.cwd()}): give another path")
     if args.twin not in args.runs:
         raise ConfigError(f"twin={args.twin} is none of the runs: choose of {', '.join(args.runs)}")
     if args.read is not None and args.read not in args.runs:
@@ -102,10 +118,7 @@ def check(args: StudyArgs) -> None:
 
 
 def runs_of(args: StudyArgs) -> list[Run]:
-    """All runs, seed by seed; ConfigError where one of them cannot be trained.
-
-    The configs are checked as far as that is possible before their text is there.
-    """
+    """All runs, seed by seed; ConfigError where one of them cannot be trained."""
     check(args)
     return list(_runs(args))
 
@@ -132,6 +145,14 @@ def _check_run(kind: str, config: "TopKTrainArgs", is_twin: bool) -> None:
         raise ConfigError(f"runs.{kind}: steps={config.steps} is too small: give at least 1")
     if config.model.topk is not None:
         config.model.topk.validate(config.model.n_layers)
+    root = Path(config.data.root_dir or "")
+    needed = [*(root / source for source in config.data.sources), config.data.tokenizer.path]
+    for path in needed:
+        if path is not None and not Path(path).exists():
+            raise ConfigError(
+                f"runs.{kind}: {path} is not there (from {Path.cwd()}): prepare the text first, by"
+                " python -m apps.topk.prepare"
+            )
     if is_twin and config.model.topk is not None:
         raise ConfigError(
             f"runs.{kind} is the twin and has TopK: give it model.topk=null, or name another twin"
@@ -140,7 +161,7 @@ def _check_run(kind: str, config: "TopKTrainArgs", is_twin: bool) -> None:
 
 def read_arguments(argv: list[str], description: str) -> StudyArgs:
     """The study of `config=FILE key=value ...`; mappings as plain Python."""
-    args = cli.read_config(StudyArgs, PROGRAM, description, argv=argv)
+    args = cli.read_config(StudyArgs, PROGRAM, description, NOTES, argv)
     for name in ("analyze", "steer", "runs"):
         value = getattr(args, name)
         if OmegaConf.is_config(value):

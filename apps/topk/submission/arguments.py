@@ -54,9 +54,10 @@ def _check_single(args: SubmitArgs) -> None:
     names = (*OF_A_SWEEP, "twins", "eval_config")
     given = [name for name in names if getattr(args, name) != getattr(default, name)]
     if given:
+        value = "null" if getattr(args, given[0]) is None else getattr(args, given[0])
         raise ConfigError(
-            f"{given[0]}={getattr(args, given[0])} goes with sweep, and config={args.config} is one"
-            f" run: write sweep=[{args.config}] (twins=false for that run alone), or leave it out"
+            f"{given[0]}={value} goes with sweep, and config={args.config} is one run: write"
+            f" sweep=[{args.config}] (twins=false for that run alone), or leave it out"
         )
 
 

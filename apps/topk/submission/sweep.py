@@ -56,6 +56,8 @@ class Sweep:
 
 def submit_sweep(args: SubmitArgs) -> int:
     """Submit it, run it here, or show it; the exit status."""
+    if sys.stderr.isatty():  # for whoever waits: it takes a while
+        print("reading the configs of the sweep", file=sys.stderr, flush=True)
     runs = configs.read_sweep(args)
     evaluation = configs.read_evaluation(args, runs)
     sweep = _planned(args, runs, evaluation)
