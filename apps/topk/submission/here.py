@@ -14,29 +14,23 @@ def run_all(training: Sequence[Job], evaluations: Sequence[Job]) -> int:
 
     Ctrl-C reaches the run, which saves and ends, and ends all.
     """
-    outcomes: list[str] = []
+    outcomes: list[tuple[str, str | None]] = []  # what, and what went wrong with it
     done = set()
     for n, job in enumerate(training):
         problem = _run(f"run {n + 1} of {len(training)}: {job.name}", job)
         problem = problem or _not_finished(job)
         if problem is None:
             done.add(n)
-        outcomes.append(_outcome(f"run {job.name}", problem))
+        outcomes.append((f"run {job.name}", problem))
     for n, job in enumerate(evaluations):
         if n in done:
             problem = _run(f"evaluation {n + 1} of {len(evaluations)}: {job.name}", job)
         else:
             problem = "not started, since its run is not done"
-        outcomes.append(_outcome(f"evaluation {job.name}", problem))
-    print("\n".join(outcomes), flush=True)
-    return int(any(not line.endswith(DONE) for line in outcomes))
-
-
-DONE = ": done"
-
-
-def _outcome(what: str, problem: str | None) -> str:
-    return f"{what}{DONE}" if problem is None else f"{what}: FAILED: {problem}"
+        outcomes.append((f"evaluation {job.name}", problem))
+    for what, problem in outcomes:
+        print(f"{what}: {'done' if problem is None else f'FAILED: {problem}'}", flush=True)
+    return int(any(problem is not None for _, problem in outcomes))
 
 
 def _run(title: str, job: Job) -> str | None:
