@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -50,40 +51,47 @@ EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate
 class Killer:
     """An audit hook: ends this process, without warning, at the n-th touch of `folder`."""
 
-    def __init__(self, folder, n):
-        self.folder, self.n, self.seen = str(folder), n, 0
+    def __init__(self, folder, n, number=signal.SIGKILL):
+        self.folder, self.n, self.number, self.seen = str(folder), n, number, 0
 
     def __call__(self, event, args):
         if event in EVENTS and args and self.folder in str(args[0]):
             self.seen += 1
             if self.seen == self.n:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.number)
 
 
-def start(corpus, folder, kill_at=None, report=None):
-    """The pid of a forked run. `report` gets the number of touches, at its end."""
+def forked(work, errors):
+    """The pid of a process that does `work` and ends; what it says of errors is in that file."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(os.open(folder.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+        work()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(corpus, folder, kill_at=None, report=None):
+    """The pid of a forked run. `report` gets the number of touches, at its end."""
+
+    def run():
         hook = Killer(folder, kill_at)
         sys.addaudithook(hook)
         train(train_args(corpus, folder, *OVERRIDES))
         if report is not None:
             os.write(report, str(hook.seen).encode())
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        import traceback
 
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    return forked(run, folder.with_suffix(".err"))
 
 
 def wait(pid, seconds=None):

@@ -19,13 +19,13 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from apps.topk import cli
 from apps.topk.train import train
-from tests.apps.killed_runs import EVENTS, OVERRIDES, STEPS, differences, records
+from tests.apps.killed_runs import OVERRIDES, STEPS, Killer, differences, forked, records
 from tests.apps.tiny import train_args
 
 TIMEOUT = 8  # seconds that a process waits for the other
@@ -59,19 +59,6 @@ class Tally:
     differing: dict[str, list[str]] = field(default_factory=dict)  # from the run that lost none
 
 
-class Hook:
-    """An audit hook: signals its own process at the n-th touch of `folder`, and counts them."""
-
-    def __init__(self, folder: Path, n: int | None, number: int):
-        self.folder, self.n, self.number, self.seen = str(folder), n, number, 0
-
-    def __call__(self, event: str, args: tuple) -> None:
-        if event in EVENTS and args and self.folder in str(args[0]):
-            self.seen += 1
-            if self.seen == self.n:
-                os.kill(os.getpid(), self.number)
-
-
 class Pair:
     """Two processes of one run, under way."""
 
@@ -80,35 +67,22 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.pids = [self._fork(corpus, rank) for rank in range(2)]
+        self.pids = [
+            forked(partial(self._train, corpus, rank), self.errors(rank)) for rank in range(2)
+        ]
 
-    def _fork(self, corpus: Path, rank: int) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(os.open(self.errors(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port),
-                "LINGUA_TOPK_TIMEOUT": str(TIMEOUT),
-            }  # fmt: skip
-            loss = self.loss if self.loss is not None and rank in self.loss.ranks else None
-            hook = Hook(self.folder, loss and loss.touch, loss.number if loss else 0)
-            sys.addaudithook(hook)
-            cli.run(lambda: train(train_args(corpus, self.folder, *OVERRIDES)))
-            if self.report is not None:
-                os.write(self.report, f"{rank} {hook.seen}\n".encode())
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+    def _train(self, corpus: Path, rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port),
+            "LINGUA_TOPK_TIMEOUT": str(TIMEOUT),
+        }  # fmt: skip
+        loss = self.loss if self.loss is not None and rank in self.loss.ranks else None
+        killer = Killer(self.folder, loss and loss.touch, loss.number if loss else 0)
+        sys.addaudithook(killer)
+        cli.run(lambda: train(train_args(corpus, self.folder, *OVERRIDES)))
+        if self.report is not None:
+            os.write(self.report, f"{rank} {killer.seen}\n".encode())
 
     def errors(self, rank: int) -> Path:
         return self.folder.with_suffix(f".{rank}.err")

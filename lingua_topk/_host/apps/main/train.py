@@ -7,10 +7,8 @@ evaluation as names of this module (and of `apps.main.eval`) at the time it runs
 Lingua's loop does: an extension replaces those names instead of copying the loop.
 """
 
-import errno
 import gc
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,6 +28,8 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from apps.main._checks import newest_checkpoint, validate_checkpoints, validate_train_args
+from apps.main._folders import raise_in_all, take_folders, write_config
+from apps.main._log_lines import Speed, log_line, metrics_of
 from apps.main.eval import EVAL_FOLDER_NAME
 from apps.main.transformer import (
     LMTransformer,
@@ -39,11 +39,10 @@ from apps.main.transformer import (
     get_num_flop_per_token,
     tp_parallelize,
 )
-from lingua._lock import folders_of_run, held
-from lingua._manifest import find_damage, from_first
+from lingua._manifest import find_damage
 from lingua._peers import lost_peer
 from lingua._reshare import reshare
-from lingua.args import dataclass_from_dict, dump_config
+from lingua.args import dataclass_from_dict
 from lingua.checkpoint import (
     FOLDER_NAME,
     CheckpointArgs,
@@ -336,9 +335,9 @@ def train(args: TrainArgs) -> None:
         refused, notes = None, []
         if get_is_master():
             try:
-                notes = _take_folders(args, stack)
+                notes = take_folders(args, stack)
                 if not is_done:
-                    _write_config(args, dump_dir)
+                    write_config(args, dump_dir)
             except UserError as error:
                 refused = error
         init_logger(dump_dir / "train.log" if refused is None else None)
@@ -349,7 +348,7 @@ def train(args: TrainArgs) -> None:
         stack.enter_context(_preemption_by_signal())
         setup_env(args.env)
         setup_torch_distributed(args.distributed)
-        _raise_in_all(refused)
+        raise_in_all(refused)
         run = start_run(args)
         metric_logger = stack.enter_context(MetricLogger(dump_dir / "metrics.jsonl", args))
         batches = stack.enter_context(
@@ -364,23 +363,13 @@ def train(args: TrainArgs) -> None:
         _loop(run, batches, metric_logger, profiler, progress)
 
 
-def _take_folders(args: TrainArgs, stack: ExitStack) -> list[str]:
-    """Lock what the run writes until `stack` ends; lines for the log. ConfigError."""
-    checkpoints = Path(args.checkpoint.path)
-    if checkpoints.exists() and not checkpoints.is_dir():
-        raise _unwritable(args, os.strerror(errno.EEXIST))
-    wanted = folders_of_run(args.dump_dir, args.checkpoint.path)
-    notes = [stack.enter_context(held(folder, field)) for field, folder in wanted]
-    return [note for note in notes if note]
-
-
 def _is_all_done(args: TrainArgs, newest: Path, refused: UserError | None) -> bool:
     """Whether the run has done all steps and its newest checkpoint is whole; then it is finished.
 
     All ranks call it.
     """
     setup_torch_distributed(args.distributed)
-    _raise_in_all(refused)
+    raise_in_all(refused)
     if find_damage(newest) is None:
         logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
         _finish(args, newest)
@@ -388,34 +377,11 @@ def _is_all_done(args: TrainArgs, newest: Path, refused: UserError | None) -> bo
     problem = None
     if get_is_master():
         try:
-            _write_config(args, Path(args.dump_dir))
+            write_config(args, Path(args.dump_dir))
         except UserError as error:
             problem = error
-    _raise_in_all(problem)
+    raise_in_all(problem)
     return False
-
-
-def _raise_in_all(error: UserError | None) -> None:
-    """What rank 0 met, on every rank: alone it would leave the others waiting."""
-    error = from_first(error)
-    if error is not None:
-        raise error
-
-
-def _write_config(args: TrainArgs, dump_dir: Path) -> None:
-    try:
-        for folder in (Path(args.checkpoint.path), dump_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-        dump_config(args, dump_dir / "config.yaml", log_config=False)
-    except OSError as error:
-        raise _unwritable(args, error.strerror) from None
-
-
-def _unwritable(args: TrainArgs, reason: str) -> ConfigError:
-    return ConfigError(
-        f"dump_dir={args.dump_dir} or checkpoint.path={args.checkpoint.path} cannot be written"
-        f" ({reason}): make room there, or give another folder"
-    )
 
 
 def _progress_bar(args: TrainArgs, done: int) -> tqdm:
@@ -429,23 +395,12 @@ def _progress_bar(args: TrainArgs, done: int) -> tqdm:
     )
 
 
-class _Speed:
-    """Times since the last log line."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.since = timer()
-        self.micro_batches = 0
-
-
 def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tqdm) -> None:
     args, state = run.args, run.state
     if state.step > 0 and _is_eval_step(args, state):
         _evaluate_if_missing(args, run.checkpoint.path / FOLDER_NAME.format(state.step))
     run.model.train()
-    speed = _Speed()
+    speed = Speed()
     losses: list[Tensor] = []
     saved = False
     while state.step < args.steps:
@@ -470,11 +425,11 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
             # Here, and nowhere else in a step, the device is waited for.
             loss = torch.stack(losses).mean().item()
             norm = -1.0 if grad_norm is None else grad_norm.item()
-            metrics = _metrics(run, speed, norm, lr, data_load_time)
+            metrics = metrics_of(run, speed, norm, lr, data_load_time)
             metrics.update(dist_mean_dict({"loss/out": loss}))
             if get_is_master():
                 metric_logger.log(metrics)
-            logger.info(_log_line(metrics, loss))
+            logger.info(log_line(metrics, loss))
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             speed.reset()
             run.memory.reset_peak_stats()
@@ -551,52 +506,6 @@ def _save(run: Run) -> bool:
 def _any_rank(flag: bool) -> bool:
     """Whether it is set on any rank: all must leave the loop after the same step."""
     return bool(dist_max(int(flag)).item()) if get_world_size() > 1 else flag
-
-
-def _metrics(
-    run: Run,
-    speed: _Speed,
-    grad_norm: float,
-    lr: float,
-    data_load_time: float,
-) -> dict[str, Any]:
-    """One line of metrics.jsonl, flat, with Lingua's keys; see the loss key's caller."""
-    args, state = run.args, run.state
-    seconds = timer() - speed.since
-    wps = speed.micro_batches * run.tokens_per_micro_batch / seconds
-    micro_batches = args.grad_acc_steps * state.step + state.acc_step
-    memory = run.memory.get_peak_stats()
-    return {
-        "global_step": state.step,
-        "acc_step": state.acc_step,
-        "speed/wps": wps,
-        "speed/FLOPS": run.flop_per_token * wps,
-        # The mean since the last line: to time a step of its own, the device would be waited for.
-        "speed/curr_iter_time": seconds / speed.micro_batches,
-        "speed/data_load_time": data_load_time,
-        "optim/grad_norm": grad_norm,
-        "optim/lr": lr,
-        "optim/total_tokens": run.dp_degree * micro_batches * run.tokens_per_micro_batch,
-        **{f"memory/{key}": value for key, value in memory._asdict().items()},
-    }
-
-
-def _log_line(metrics: dict[str, Any], loss: float) -> str:
-    """Lingua's line; the loss is this rank's."""
-    fields = (
-        f"step: {metrics['global_step']}",
-        f"acc: {metrics['acc_step']}",
-        f"loss: {loss:>7.4f}",
-        f"grad: {metrics['optim/grad_norm']:.2e}",
-        f"flops: {metrics['speed/FLOPS']:.2e}",
-        f"wps: {metrics['speed/wps']:.2e}",
-        f"iter: {metrics['speed/curr_iter_time']:>7.4f}",
-        f"data: {metrics['speed/data_load_time']:>5.2f}",
-        f"lr: {metrics['optim/lr']:.2e}",
-        f"mem: {metrics['memory/max_active_pct']:.0f}%",
-        f"pow: {metrics['memory/power_draw'] / 1000:.0f} W",
-    )
-    return "  ".join(fields)
 
 
 def evaluate(args: TrainArgs, checkpoint: Path) -> None:
