@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PROGRAM = "apps.topk.analyze"
 EXAMPLE = "--ckpt DUMP_DIR --twin TWIN_DUMP_DIR"
 FOLDER = "neurons"  # below the dump_dir
+TWIN_VALUES = ("selected", "largest")
 # What a twin has in common with the model.
 SHARED = ("dim", "n_layers", "vocab_size", "parameters", "max_seqlen", "steps", "step", "tokens")
 
@@ -36,6 +37,7 @@ def analyze(
     row_length: int = 0,
     layers: str = "",
     k: int = 0,
+    twin_values: str = "selected",
     vectors: str = "",
     threshold: float = Settings.threshold,
     min_words: int = Settings.min_words,
@@ -70,13 +72,17 @@ def analyze(
             training run for its newest one.
         twin: the same of the vanilla twin.
         data: the text to read: files, folders with *.val.jsonl files or of text, or hf:OWNER/NAME
-            data sets, separated by commas; by default the held-out documents of training.
+            data sets, separated by commas, a document of each in turn; by default the held-out
+            documents of training.
         out: the folder to write; by default neurons in the dump_dir of the run.
         tokens: how many tokens of it, at most.
         row_length: tokens a row; 0 for as many as in training.
         layers: which layers, as 0,2,3; by default all.
         k: values a token and layer that are kept where there is no TopK, those of largest
             magnitude; 0 for the model's own k (or 64), -1 for all.
+        twin_values: selected: where the model has TopK, of the twin what the same selection would
+            leave, so that both models' neurons are read alike. largest: k by magnitude, both signs
+            in one neuron, which alone raises the entropy of the twin's.
         vectors: word vectors for semantic entropy and MonoScore: a word2vec or GloVe text file, or
             the folder of a sentence-transformers model; by default the model's own embeddings of
             words that are one token, which is circular.
@@ -108,6 +114,10 @@ def analyze(
     arguments.check(settings, dtype, batch_tokens, row_length)
     if k < -1:
         raise ConfigError(f"k={k} is not allowed: give at least 1, 0 for the model's, -1 for all")
+    if twin_values not in TWIN_VALUES:
+        raise ConfigError(
+            f"twin_values={twin_values!r} is not known: choose one of {', '.join(TWIN_VALUES)}"
+        )
     place = device_of(device)
     checkpoint = open_checkpoint(checkpoint_folder(ckpt))
     twin_checkpoint = open_checkpoint(checkpoint_folder(twin)) if twin else None
@@ -118,7 +128,7 @@ def analyze(
         checkpoint=checkpoint, twin=twin_checkpoint, rows=rows, settings=settings,
         layers=arguments.layers_of(layers, checkpoint.model_args.n_layers),
         k=None if k == -1 else k or arguments.own_k(checkpoint),
-        vectors_from=vectors, device=place, dtype=dtype,
+        twin_values=twin_values, vectors_from=vectors, device=place, dtype=dtype,
         batch_rows=max(batch_tokens // rows.tokens.shape[1], 1),
         out=Path(out).expanduser() if out else arguments.folder_in_run(checkpoint, FOLDER),
     )  # fmt: skip

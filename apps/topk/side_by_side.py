@@ -16,12 +16,27 @@ WITHOUT_BARS = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 POLL_SECONDS = 0.2
 
 
+class Stopped(SystemExit):
+    """SIGTERM came, and reached what was running: nothing else is to be started."""
+
+
 def run(commands: Mapping[str, Sequence[str]]) -> None:
     """Run `python -m ...` for the words of every command, until all are done.
 
     The cores are divided among them, unless OMP_NUM_THREADS says how many each has. Ctrl-C and
-    SIGTERM reach them all, and are waited for. Where one fails the others are ended by
-    SIGTERM, and SystemExit has its status: it has said why.
+    SIGTERM reach them all, and are waited for; after SIGTERM `Stopped` is raised, however they
+    ended. Where one fails the others are ended by SIGTERM, and SystemExit has its status: it has
+    said why.
+    """
+    failed = next(iter(statuses(commands, together=True).values()), 0)
+    if failed:
+        raise SystemExit(failed)
+
+
+def statuses(commands: Mapping[str, Sequence[str]], together: bool = False) -> dict[str, int]:
+    """The same, and by name the statuses of those that failed, the first one first.
+
+    together: whether one that fails ends the others.
     """
     share = max((os.cpu_count() or 1) // len(commands), 1)
     environment = {**WITHOUT_BARS, THREADS: str(share), **os.environ, "PYTHONUNBUFFERED": "1"}
@@ -40,16 +55,17 @@ def run(commands: Mapping[str, Sequence[str]]) -> None:
     ]
     for reader in readers:
         reader.start()
-    with _forwarding(signal.SIGTERM, list(children.values())):
+    with _forwarding(signal.SIGTERM, list(children.values())) as forwarded:
         try:
-            status = _wait(list(children.values()))
+            failed = _wait(children, together)
         finally:  # also of a Ctrl-C, which they have had as well
             for child in children.values():
                 child.wait()
             for reader in readers:
                 reader.join()
-    if status != 0:
-        raise SystemExit(status if status > 0 else 1)
+    if forwarded:
+        raise Stopped(128 + signal.SIGTERM)
+    return {name: status if status > 0 else 1 for name, status in failed.items()}
 
 
 def _copy(pipe: IO[str], out: TextIO, mark: str) -> None:
@@ -60,28 +76,33 @@ def _copy(pipe: IO[str], out: TextIO, mark: str) -> None:
 
 
 @contextmanager
-def _forwarding(number: int, children: list[subprocess.Popen]) -> Iterator[None]:
+def _forwarding(number: int, children: list[subprocess.Popen]) -> Iterator[list[int]]:
+    """Within it a signal goes to the children, and is noted in the list."""
+    noted: list[int] = []
+
     def forward(number, frame) -> None:
+        noted.append(number)
         for child in children:
             child.send_signal(number)
 
     before = signal.signal(number, forward)
     try:
-        yield
+        yield noted
     finally:
         signal.signal(number, before)
 
 
-def _wait(children: list[subprocess.Popen]) -> int:
-    """Wait for all; the status of the first that failed, which ends the others, or 0."""
+def _wait(children: Mapping[str, subprocess.Popen], together: bool) -> dict[str, int]:
+    """Wait for all, or for the first that fails, which ends the others; who failed, and how."""
+    failed: dict[str, int] = {}
     while True:
-        statuses = [child.poll() for child in children]
-        failed = next((status for status in statuses if status), 0)
-        if failed:
-            for child, status in zip(children, statuses, strict=True):
+        found = {name: child.poll() for name, child in children.items()}
+        failed |= {name: status for name, status in found.items() if status}
+        if failed and together:
+            for name, status in found.items():
                 if status is None:
-                    child.terminate()
+                    children[name].terminate()
             return failed
-        if None not in statuses:
-            return 0
+        if None not in found.values():
+            return failed
         time.sleep(POLL_SECONDS)

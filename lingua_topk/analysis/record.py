@@ -50,19 +50,21 @@ class Point:
     Attributes:
         module: its output, [B, S, D], is read.
         is_topk: whether its block has TopK.
-        keep: "survivors" or "all": every value that is not 0; or the number k of those largest by
-            magnitude at each token (of equal ones at the limit, any).
+        keep: "survivors", "selected" or "all": every value that is not 0; or the number k of those
+            largest by magnitude at each token (of equal ones at the limit, any).
         transform: what the neurons' values are of the module's output; None: the output.
     """
 
     module: nn.Module
     is_topk: bool
-    keep: Literal["survivors", "all"] | int = "survivors"
+    keep: Literal["survivors", "selected", "all"] | int = "survivors"
     transform: Callable[[Tensor], Tensor] | None = None
 
     @property
     def kept(self) -> str:
         """`keep` in words."""
+        if self.keep == "selected":
+            return "what the model's selection would leave"
         return self.keep if isinstance(self.keep, str) else f"the {self.keep} largest by magnitude"
 
 
@@ -71,6 +73,7 @@ def points_of(
     layers: Sequence[int] | None = None,
     k: int | None = None,
     site: Literal["residual", "mlp"] | None = None,
+    selections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[int, Point]:
     """The points of a Lingua-shaped model, with TopK or without, by layer.
 
@@ -82,10 +85,12 @@ def points_of(
         k: how many values a token are kept of a block without TopK; None for all.
         site: None for the model's own, residual for a model without TopK. Give it for a vanilla
             model that is to be compared with one that has TopK at the mlp site.
+        selections: by layer, TopK of the model that a vanilla one is compared with: there its
+            neurons are what that would leave, so that both models are read alike.
 
     ConfigError for a layer that the model does not have, or a k or site that is not allowed.
     """
-    handle = topk_handle(model)
+    handle, selections = topk_handle(model), selections or {}
     if handle is not None:
         model, site = handle.model, site or handle.args.site
     site = site or "residual"
@@ -102,6 +107,10 @@ def points_of(
             raise ConfigError(f"layer {i} is not in the model: it has 0 to {len(model.layers) - 1}")
         keep = "survivors" if i in topk else "all" if k is None else k
         block = model.layers[i]
+        if i in selections and i not in topk:
+            module = block if site == "residual" else block.feed_forward.w1
+            points[i] = Point(module, False, "selected", selections[i])
+            continue
         if site == "residual":
             points[i] = Point(block, i in topk, keep)
         elif i in topk:

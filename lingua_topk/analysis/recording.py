@@ -83,7 +83,8 @@ class LayerRecording:
     Attributes:
         index: the layer.
         is_topk: whether its block has TopK.
-        kept: which values: "survivors" (all that TopK left), "all", "the 24 largest by magnitude".
+        kept: which values: "survivors" (all that TopK left), "what the model's selection would
+            leave" (of its twin), "all", "the 24 largest by magnitude".
             A value of 0 is never kept.
         width: D, the number of neurons.
         n_tokens: N * S, the tokens that were recorded.

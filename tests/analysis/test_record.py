@@ -9,6 +9,7 @@ from torch import nn
 from lingua_topk import TopKArgs
 from lingua_topk.analysis.record import Point, points_of, record, select
 from lingua_topk.errors import CheckpointError, ConfigError, DataError
+from lingua_topk.nn import TopK
 from tests.analysis.recorded import (
     N_ROWS,
     ROW_LENGTH,
@@ -114,6 +115,23 @@ def test_the_points_of_a_vanilla_model_can_be_those_of_its_twin():
     assert points_of(vanilla)[1] == Point(vanilla.layers[1], False, "all")
     gate = points_of(vanilla, [2], k=4, site="mlp")
     assert gate == {2: Point(vanilla.layers[2].feed_forward.w1, False, 4, F.silu)}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_twin_is_read_by_the_selection_of_the_model(site):
+    """What TopK would leave of the same input, as TopK itself gives it."""
+    vanilla, y = small_model(), torch.randn(2, 3, 16)
+    point = points_of(vanilla, [0], k=4, site=site, selections={0: TopK(3, "relu")})[0]
+    block = vanilla.layers[0]
+    assert point.module is (block if site == "residual" else block.feed_forward.w1)
+    assert (point.is_topk, point.kept) == (False, "what the model's selection would leave")
+    assert torch.equal(point.transform(y), topk_by_definition(y, 3))
+    assert points_of(vanilla, [1], k=4, site=site, selections={0: TopK(3)})[1].keep == 4
+
+
+def topk_by_definition(y, k):
+    y = y.relu()
+    return torch.where(y >= y.sort(-1).values[..., -k, None], y, 0)
 
 
 def test_layers_are_chosen():

@@ -80,16 +80,41 @@ def test_the_measures_are_those_of_the_dense_computation(runs, analysed):
         np.testing.assert_allclose(arrays["token_entropy_normalised"], normalised, atol=1e-5)
 
 
-def test_layers_without_topk_and_the_twin_keep_the_k_largest(runs, analysed):
+def test_layers_without_topk_in_both_models_keep_the_k_largest(runs, analysed):
     tokens = open_recording(analysed / "model" / "recording").tokens
-    for part, run, layers in (("model", "topk", [2]), ("twin", "twin", [0, 1, 2])):
+    for part, run in (("model", "topk"), ("twin", "twin")):
         outputs, _ = dense_outputs(runs, run, tokens)
-        by_layer = {one.index: one for one in folder.read_layers(analysed / part)}
-        for i in layers:
-            assert not by_layer[i].is_topk and by_layer[i].kept == "the 4 largest by magnitude"
-            size = np.abs(outputs[i])
-            kept = size >= np.sort(size, axis=1)[:, -4:-3]
-            np.testing.assert_array_equal(by_layer[i].arrays["counts"], kept.sum(0))
+        (layer,) = folder.read_layers(analysed / part)[2:]
+        check_largest(layer, outputs[2])
+
+
+def check_largest(layer, y):
+    assert not layer.is_topk and layer.kept == "the 4 largest by magnitude"
+    size = np.abs(y)
+    kept = size >= np.sort(size, axis=1)[:, -4:-3]
+    np.testing.assert_array_equal(layer.arrays["counts"], kept.sum(0))
+
+
+def test_the_twin_is_read_by_the_selection_of_the_model(runs, analysed):
+    """Where the model has TopK: a neuron of either then stands for what makes it positive."""
+    tokens = open_recording(analysed / "model" / "recording").tokens
+    outputs, _ = dense_outputs(runs, "twin", tokens)
+    for layer in folder.read_layers(analysed / "twin")[:2]:
+        y = outputs[layer.index]
+        kept = (y >= np.sort(y, axis=1)[:, -4:-3]) & (y > 0)
+        assert not layer.is_topk and layer.kept == "what the model's selection would leave"
+        np.testing.assert_array_equal(layer.arrays["counts"], kept.sum(0))
+        expected = np.where(kept, y, 0).max(0)
+        np.testing.assert_allclose(layer.arrays["maximum"], expected, rtol=1e-5)
+
+
+def test_the_twin_can_be_read_by_magnitude(runs, tmp_path):
+    analyze.main(["--ckpt", str(runs / "topk"), "--twin", str(runs / "twin"), *FEW, "--layers", "0",
+                  "--out", str(tmp_path / "out"), "--twin_values", "largest",
+                  "--quiet"])  # fmt: skip
+    tokens = open_recording(tmp_path / "out" / "model" / "recording").tokens
+    (layer,) = folder.read_layers(tmp_path / "out" / "twin")
+    check_largest(layer, dense_outputs(runs, "twin", tokens)[0][0])
 
 
 def test_the_control_is_the_same_firings_on_shuffled_tokens(analysed):

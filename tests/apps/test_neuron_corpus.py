@@ -1,6 +1,7 @@
 """The rows that neurons are read on: documents as training packs them, and what tokens spell."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,6 +59,25 @@ def test_other_text_by_name(run, tmp_path):
     (tmp_path / "mine.txt").write_text("\n\n".join(held_out(run[0])))
     rows = rows_of_corpus(checkpoint, [str(tmp_path / "mine.txt")], 2000)
     assert list(rows.sources) == ["mine.txt"]
+
+
+def test_sources_are_read_in_turn(run, tmp_path):
+    """Else the first, where it is long enough, would be all that is read."""
+    _, checkpoint = run
+    one, other = (
+        write_lines(tmp_path / name, [f"{name} {i} " + WORDS * 4 for i in range(n)])
+        for name, n in (("one.jsonl", 9), ("other.jsonl", 2))
+    )
+    rows = rows_of_corpus(checkpoint, [one, other], 10**9)
+    assert rows.sources == {"one.jsonl": 9, "other.jsonl": 2}
+    text = b"".join(rows.pieces[i] for i in rows.tokens.reshape(-1)).decode(errors="ignore")
+    names = re.findall(r"(one|other)\.jsonl", text)
+    assert names[:6] == ["one", "other", "one", "other", "one", "one"]
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
 
 
 @pytest.mark.parametrize(

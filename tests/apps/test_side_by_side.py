@@ -54,6 +54,12 @@ def test_one_that_fails_ends_the_others(programs, capfd):
     assert "a | error: no" in said.err and "b | saved" in said.out
 
 
+def test_one_that_fails_can_leave_the_others_alone(programs, capfd):
+    failed = side_by_side.statuses({"a": ["says"], "b": ["fails"], "c": ["says"]})
+    assert failed == {"b": 2}
+    assert capfd.readouterr().out.count("| two") == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_them(programs, number):
     """Ctrl-C goes to the whole group of the terminal, as here."""
@@ -72,7 +78,7 @@ def test_signals_reach_them(programs, number):
         os.killpg(child.pid, number)
     rest, _ = child.communicate(timeout=60)
     if number == signal.SIGTERM:
-        assert rest.count("saved") == 2 and child.returncode == 0
+        assert rest.count("saved") == 2 and child.returncode == 128 + signal.SIGTERM
     else:
         assert child.returncode != 0
         with pytest.raises(ProcessLookupError):  # none of its group is left

@@ -21,6 +21,7 @@ from apps.topk.neurons.reading import record_model
 from apps.topk.neurons.settings import Settings
 from apps.topk.provenance import provenance, write_json
 from lingua_topk.errors import ConfigError
+from lingua_topk.nn import TopK
 
 INPUTS_NAME = "inputs.json"
 MAY_BE_THERE = {INPUTS_NAME, "trace"}  # in a folder that an analysis is begun in
@@ -33,6 +34,7 @@ class Analysis:
     Attributes:
         layers: which are recorded.
         k: values a token that are kept where there is no TopK, None for all.
+        twin_values: "selected" by TopK of the same layer, or "largest" by magnitude.
         vectors_from: what `read_vectors` takes; "" for the checkpoint's own embeddings.
         out: the folder it is written to.
     """
@@ -43,6 +45,7 @@ class Analysis:
     settings: Settings
     layers: list[int]
     k: int | None
+    twin_values: str
     vectors_from: str
     device: torch.device
     dtype: str
@@ -81,6 +84,7 @@ class Analysis:
             "settings": asdict(self.settings),
             "layers": self.layers,
             "k": self.k,
+            "twin_values": self.twin_values,
             "vectors": hashlib.sha256(self.text.vectors.vectors.tobytes()).hexdigest(),
             "dtype": self.dtype,
         }
@@ -147,6 +151,7 @@ class Analysis:
             layers=self.layers,
             k=self.k,
             site=self._site,
+            selections=self._selections if part in (folder.TWIN, folder.RANDOM_TWIN) else None,
             batch_rows=self.batch_rows,
             inputs=inputs,
             name=str(self.checkpoint.folder),
@@ -166,6 +171,15 @@ class Analysis:
             shutil.rmtree(place / folder.RECORDING)
 
     @property
+    def _selections(self) -> dict[int, TopK] | None:
+        """What the layers of the twin are read by; None for magnitude."""
+        args = self.checkpoint.model_args.topk
+        if args is None or self.twin_values == "largest":
+            return None
+        layers = args.topk_layers(self.checkpoint.model_args.n_layers)
+        return {i: TopK(args.k, args.activation) for i in layers}
+
+    @property
     def _site(self) -> str | None:
         """Where the checkpoint has its neurons: the twin is recorded there too."""
         topk = self.checkpoint.model_args.topk
@@ -182,6 +196,7 @@ class Analysis:
             "corpus": self.rows.describe(),
             "layers": self.layers,
             "k": self.k,
+            "twin_values": self.twin_values,
             "vectors": self.text.vectors.source,
             "settings": asdict(self.settings),
             "dtype": self.dtype,

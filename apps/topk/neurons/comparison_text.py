@@ -254,7 +254,11 @@ def _method(content: Mapping[str, Any]) -> list[str]:
 
 def _kept(layer: Mapping[str, Any]) -> Iterator[str]:
     for name, kept in layer["kept"].items():
-        yield f"{TITLES[name]}, layers with{'' if _has_topk(layer, name) else 'out'} TopK: {kept}"
+        if name == TWIN:
+            where = f"where the model has {'' if layer['is_topk'] else 'no '}TopK"
+        else:
+            where = f"layers with{'' if layer['is_topk'] else 'out'} TopK"
+        yield f"{TITLES[name]}, {where}: {kept}"
 
 
 def _has_topk(layer: Mapping[str, Any], name: str) -> bool:

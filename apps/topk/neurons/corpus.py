@@ -1,8 +1,8 @@
 """The text that neurons are read on, as rows of tokens like those of training."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apps.topk.checkpoint import Checkpoint
 from apps.topk.corpus import progress
+from apps.topk.corpus.sources import Source
 from apps.topk.corpus.tally import Tally
 from apps.topk.evaluation.sources import ValidationArgs, find_sources
 from apps.topk.neurons.measures import Text
@@ -48,7 +49,7 @@ class Rows:
 def rows_of_corpus(
     checkpoint: Checkpoint, data: Sequence[str], tokens: int, row_length: int | None = None
 ) -> Rows:
-    """At most `tokens` tokens of `data`, in the order of its documents; the rest is not read.
+    """At most `tokens` tokens of `data`, a document of each source in turn; the rest is not read.
 
     data: names as `validation.sources` has them; none for the held-out documents of training.
     row_length: None for that of training. bos and eos stand where training had them, and
@@ -115,12 +116,21 @@ class _Reader:
         self.sources = dict.fromkeys(self.parts, 0)
 
     def documents(self) -> Iterator[list[int]]:
-        for name, parts in self.parts.items():
-            for part in parts:
-                part.open()
-            for text in chain.from_iterable(part.documents(Tally()) for part in parts):
+        """One of each source in turn, until all are at their end."""
+        left = deque((name, _texts(parts)) for name, parts in self.parts.items())
+        while left:
+            name, texts = left.popleft()
+            text = next(texts, None)
+            if text is not None:
+                left.append((name, texts))
                 self.sources[name] += 1
                 yield self.tokenizer.encode(text, add_bos=self.add_bos, add_eos=self.add_eos)
+
+
+def _texts(parts: Sequence[Source]) -> Iterator[str]:
+    for part in parts:
+        part.open()
+        yield from part.documents(Tally())
 
 
 def _packed(documents: Iterator[list[int]], most_rows: int, length: int) -> np.ndarray:

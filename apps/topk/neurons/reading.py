@@ -1,5 +1,6 @@
 """A model reads the rows of a corpus, and what fires in it is recorded."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from apps.topk.corpus import progress
 from apps.topk.inference import CAUSAL, hidden_states, visible, window_of
 from lingua_topk.analysis.record import points_of, record
 from lingua_topk.analysis.recording import Recording
+from lingua_topk.nn import TopK
 
 
 def reader_of(model: nn.Module):
@@ -38,6 +40,7 @@ def record_model(
     k: int | None,
     site: str | None = None,
     keep: int | None = None,
+    selections: Mapping[int, TopK] | None = None,
     batch_rows: int,
     inputs: dict[str, Any],
     name: str,
@@ -49,10 +52,10 @@ def record_model(
     TopK layers keep their survivors, others the k values a token of largest magnitude, all where
     k is None. One that was stopped goes on, one that is finished is taken as it is; `inputs`
     tells whether it is of the same model and text. keep: so many values of every layer, of those
-    with TopK too. site: as in `points_of`. name: of the model,
-    for the files; label: of the progress bar.
+    with TopK too. site, selections: as in `points_of`. name: of the model, for the files; label:
+    of the progress bar.
     """
-    points = points_of(model, layers, k, site)
+    points = points_of(model, layers, k, site, selections)
     if keep is not None:
         points = {layer: replace(point, keep=keep) for layer, point in points.items()}
     with progress.bar(label, tokens.size, "tok") as shown:
