@@ -15,6 +15,7 @@ import lingua_topk
 from lingua_topk import host
 
 ROOT = Path(__file__).resolve().parents[2]
+DIRTY = "-dirty"
 
 
 def provenance(**fields: Any) -> dict[str, Any]:
@@ -52,24 +53,18 @@ def _commit() -> str | None:
     if not (ROOT / ".git").exists():  # installed somewhere inside another repository, perhaps
         return None
     try:
-        answer = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(ROOT),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        # A new file of the code, which is not in the commit either.
+        new = _git("ls-files", "--others", "--exclude-standard", "--", "apps", "lingua_topk")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}{DIRTY}" if new and not commit.endswith(DIRTY) else commit
+
+
+def _git(*words: str) -> str:
+    answer = subprocess.run(
+        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True
+    )
     return answer.stdout.strip()
 
 

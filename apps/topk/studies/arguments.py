@@ -1,21 +1,30 @@
 """The config of a study, and the runs that it makes."""
 
+import copy
+import inspect
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from omegaconf import OmegaConf
 
 from apps.topk import cli
+from apps.topk.analyze import analyze
+from apps.topk.steer_eval import steer_eval
 from lingua_topk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from apps.topk.eval import EvalArgs
     from apps.topk.model import TopKTrainArgs
 
 PROGRAM = "apps.topk.study"
 EVALUATION = "evals/study"  # in the dump_dir of a run
+# Flags of the programs that read a run that the study gives.
+GIVEN = ("ckpt", "twin", "out", "analysis", "quiet")
 # What is drawn at random in a run: its batches, its weights.
 SEEDS = ("seed", "model.seed", "data.seed")
 
@@ -69,14 +78,14 @@ class Run:
         seed: None for that of the config.
         folder: its dump_dir.
         words: what apps.topk.train is called with.
-        steps: that it trains.
+        config: what they come to with the files that they name, as JSON.
     """
 
     kind: str
     seed: int | None
     folder: Path
     words: tuple[str, ...]
-    steps: int
+    config: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -85,7 +94,7 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """Its last one, in training's layout."""
-        return self.folder / "checkpoints" / f"{self.steps:010d}"
+        return self.folder / "checkpoints" / f"{self.config['steps']:010d}"
 
     @property
     def evaluation(self) -> Path:
@@ -109,8 +118,17 @@ def check(args: StudyArgs) -> None:
             raise ConfigError(f"{name}={path} is not there (from {Path.cwd()}): give another path")
     if args.twin not in args.runs:
         raise ConfigError(f"twin={args.twin} is none of the runs: choose of {', '.join(args.runs)}")
-    if args.read is not None and args.read not in args.runs:
-        raise ConfigError(f"read={args.read} is none of the runs: choose of {', '.join(args.runs)}")
+    others = [name for name in args.runs if name != args.twin]
+    if args.read is not None and args.read not in others:
+        raise ConfigError(
+            f"read={args.read} is none of the runs that are compared with the twin: choose of"
+            f" {', '.join(others)}, or null"
+        )
+    for section, program in (("analyze", analyze), ("steer", steer_eval)):
+        known = [name for name in inspect.signature(program).parameters if name not in GIVEN]
+        for name in getattr(args, section):
+            if name not in known:
+                raise ConfigError(f"{section}.{name} is no known key: {cli.nearest(name, known)}")
     if args.parallel < 1:
         raise ConfigError(f"parallel={args.parallel} is too small: give at least 1")
     if len(set(args.seeds)) != len(args.seeds):
@@ -118,13 +136,31 @@ def check(args: StudyArgs) -> None:
 
 
 def runs_of(args: StudyArgs) -> list[Run]:
-    """All runs, seed by seed; ConfigError where one of them cannot be trained."""
+    """All runs, seed by seed; ConfigError where one of them cannot be trained, or evaluated."""
     check(args)
     return list(_runs(args))
 
 
+def evaluation_config(args: StudyArgs) -> dict[str, Any]:
+    """What the evaluation of every run comes to, as JSON. ConfigError."""
+    return plain(_read_evaluation(args))
+
+
+def _read_evaluation(args: StudyArgs) -> "EvalArgs":
+    from apps.topk.eval import EvalArgs
+
+    return cli.read_config(EvalArgs, "eval", "", argv=[f"config={args.eval}", *args.eval_set])
+
+
+def plain(args: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them."""
+    return json.loads(json.dumps(asdict(args), default=str), parse_constant=str)
+
+
 def _runs(args: StudyArgs) -> Iterator[Run]:
     from apps.topk.model import TopKTrainArgs
+
+    evaluation, are_tasks_known = _read_evaluation(args), False
 
     for seed in args.seeds or [None]:
         for kind, keys in args.runs.items():
@@ -136,27 +172,60 @@ def _runs(args: StudyArgs) -> Iterator[Run]:
                 f"dump_dir={folder}",
             ]  # fmt: skip
             config = cli.read_config(TopKTrainArgs, f"run {kind}", "", argv=words)
-            _check_run(kind, config, is_twin=kind == args.twin)
-            yield Run(kind, seed, folder, tuple(words), config.steps)
+            found = plain(config)  # before the checks, which fill in what follows from the rest
+            with _naming(f"runs.{kind}"):
+                _check_run(config, is_twin=kind == args.twin)
+            with _naming(f"eval={args.eval}"):
+                _check_evaluation(evaluation, config, are_tasks_known)
+            are_tasks_known = True
+            yield Run(kind, seed, folder, tuple(words), found)
 
 
-def _check_run(kind: str, config: "TopKTrainArgs", is_twin: bool) -> None:
-    if config.steps < 1:
-        raise ConfigError(f"runs.{kind}: steps={config.steps} is too small: give at least 1")
-    if config.model.topk is not None:
-        config.model.topk.validate(config.model.n_layers)
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Within it, what a user can mend says where it is."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "exit_status", None) is None:
+            raise
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _check_run(config: "TopKTrainArgs", is_twin: bool) -> None:
+    """What training would refuse, hours later where other runs come before it."""
+    from apps.topk import lingua_host, train
+
     root = Path(config.data.root_dir or "")
     needed = [*(root / source for source in config.data.sources), config.data.tokenizer.path]
     for path in needed:
         if path is not None and not Path(path).exists():
             raise ConfigError(
-                f"runs.{kind}: {path} is not there (from {Path.cwd()}): prepare the text first, by"
-                " python -m apps.topk.prepare"
+                f"{path} is not there (from {Path.cwd()}): prepare the text first, by python -m"
+                " apps.topk.prepare"
             )
     if is_twin and config.model.topk is not None:
         raise ConfigError(
-            f"runs.{kind} is the twin and has TopK: give it model.topk=null, or name another twin"
+            "this is the twin and has TopK: give it model.topk=null, or name another twin"
         )
+    train.validate(config)
+    if not lingua_host.is_lingua():
+        from apps.main._checks import validate_train_args
+        from lingua.tokenizer import build_tokenizer
+
+        tokenizer = build_tokenizer(config.data.tokenizer.name, config.data.tokenizer.path)
+        validate_train_args(copy.deepcopy(config), tokenizer.n_words)
+
+
+def _check_evaluation(
+    evaluation: "EvalArgs", config: "TopKTrainArgs", are_tasks_known: bool
+) -> None:
+    """What the evaluation would refuse, after the training; to look up tasks takes seconds."""
+    from apps.topk.eval import check_eval
+
+    if are_tasks_known and evaluation.validation is not None:
+        evaluation = replace(evaluation, harness=None)
+    check_eval(evaluation, asdict(config.data), config.data.seq_len, config.distributed.model_dtype)
 
 
 def read_arguments(argv: list[str], description: str) -> StudyArgs:
