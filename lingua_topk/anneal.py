@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lingua_topk.errors import ConfigError
 
-# How much of the fall the exponential schedule has left after half of its time: e^-2.5.
+# Of its fall the exponential schedule has 0.076 left after half of its time.
 _EXPONENTIAL_RATE = 5.0
 
 

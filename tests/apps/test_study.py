@@ -290,6 +290,16 @@ def test_an_evaluation_that_cannot_be_read_is_named(tmp_path):
         summary.rows_of([run], "twin")
 
 
+# As the configs and their README have them.
+TOKENS = {"cpu": 1_228_800, "annealing_cpu": 307_200, "gpu": 91_750_400,
+          "annealing_gpu": 32_768_000}  # fmt: skip
+
+
+def tokens_of(config):
+    data = config["data"]
+    return config["steps"] * config["grad_acc_steps"] * data["batch_size"] * data["seq_len"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_shipped_studies_can_be_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -314,6 +324,7 @@ def test_the_shipped_studies_can_be_run(path, tmp_path, monkeypatch):
         (tmp_path / f"data/study/{name}.val.jsonl.xz").touch()
     runs = runs_of(args)
     assert len(runs) == len(args.runs) * max(len(args.seeds), 1)
+    assert {tokens_of(run.config) for run in runs} == {TOKENS[path.stem]}
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu", "small"])
