@@ -138,7 +138,18 @@ def check(args: StudyArgs) -> None:
 def runs_of(args: StudyArgs) -> list[Run]:
     """All runs, seed by seed; ConfigError where one of them cannot be trained, or evaluated."""
     check(args)
-    return list(_runs(args))
+    evaluation, runs = _read_evaluation(args), []
+    seeds = args.seeds or [None]
+    for seed in seeds:
+        for kind in args.runs:
+            run, config = _run(args, kind, seed)
+            if seed == seeds[0]:  # the others are the same but for theirs
+                with _naming(f"runs.{kind}"):
+                    _check_run(config, is_twin=kind == args.twin)
+                with _naming(f"eval={args.eval}"):
+                    _check_evaluation(evaluation, config, are_tasks_known=bool(runs))
+            runs.append(run)
+    return runs
 
 
 def evaluation_config(args: StudyArgs) -> dict[str, Any]:
@@ -157,28 +168,19 @@ def plain(args: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(args), default=str), parse_constant=str)
 
 
-def _runs(args: StudyArgs) -> Iterator[Run]:
+def _run(args: StudyArgs, kind: str, seed: int | None) -> tuple[Run, "TopKTrainArgs"]:
     from apps.topk.model import TopKTrainArgs
 
-    evaluation, are_tasks_known = _read_evaluation(args), False
-
-    for seed in args.seeds or [None]:
-        for kind, keys in args.runs.items():
-            name = kind if seed is None else f"{kind}-seed{seed}"
-            folder = Path(args.dump_dir, name)
-            seeded = [] if seed is None else [f"{key}={seed}" for key in SEEDS]
-            words = [
-                f"config={args.train}", *args.set, *keys, *seeded, f"name={name}",
-                f"dump_dir={folder}",
-            ]  # fmt: skip
-            config = cli.read_config(TopKTrainArgs, f"run {kind}", "", argv=words)
-            found = plain(config)  # before the checks, which fill in what follows from the rest
-            with _naming(f"runs.{kind}"):
-                _check_run(config, is_twin=kind == args.twin)
-            with _naming(f"eval={args.eval}"):
-                _check_evaluation(evaluation, config, are_tasks_known)
-            are_tasks_known = True
-            yield Run(kind, seed, folder, tuple(words), found)
+    name = kind if seed is None else f"{kind}-seed{seed}"
+    folder = Path(args.dump_dir, name)
+    seeded = [] if seed is None else [f"{key}={seed}" for key in SEEDS]
+    words = [
+        f"config={args.train}", *args.set, *args.runs[kind], *seeded, f"name={name}",
+        f"dump_dir={folder}",
+    ]  # fmt: skip
+    config = cli.read_config(TopKTrainArgs, f"run {kind}", "", argv=words)
+    # Before the checks of it, which fill in what follows from the rest.
+    return Run(kind, seed, folder, tuple(words), plain(config)), config
 
 
 @contextmanager
