@@ -291,7 +291,8 @@ def test_an_evaluation_that_cannot_be_read_is_named(tmp_path):
 
 
 # As the configs and their README have them.
-TOKENS = {"cpu": 1_228_800, "annealing_cpu": 307_200, "gpu": 91_750_400,
+TOKENS = {"cpu": 1_228_800, "annealing_cpu": 307_200, "annealing_seeds_cpu": 307_200,
+          "gpu": 91_750_400,
           "annealing_gpu": 32_768_000}  # fmt: skip
 
 
