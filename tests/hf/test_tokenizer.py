@@ -117,13 +117,13 @@ def test_real_text(pair):
         assert_same(pair, text)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(any_text)
 def test_any_text(pair, text):
     assert_same(pair, text)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(few_letters)
 def test_few_letters(pair, text):
     assert_same(pair, text)
