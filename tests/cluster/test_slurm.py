@@ -149,11 +149,13 @@ def test_an_array_writes_the_output_of_each_job_apart(cluster, project):
             )
 
 
-def test_bash_runs_two_tasks_within_an_allocation(cluster, project):
+def test_bash_runs_two_tasks_beside_the_step_that_it_is_in(cluster, project):
+    """As from a shell by `srun --pty`, whose step has all the CPUs."""
     write_config(project, "bash")
     done = cluster.run(
-        "salloc", "--gres=gpu:2", "--cpus-per-gpu=4", sys.executable, "-m", "lingua.stool",
-        "launcher=bash", "script=tell", "config=bash.yaml", "nodes=1", "ngpu=2", cwd=project,
+        "srun", "--ntasks=1", "--gres=gpu:2", "--cpus-per-gpu=4", sys.executable, "-m",
+        "lingua.stool", "launcher=bash", "script=tell", "config=bash.yaml", "nodes=1", "ngpu=2",
+        cwd=project, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     logs = project / "runs/bash/logs"

@@ -31,6 +31,7 @@ NO_CLUSTER = {"SLURM_CONF": os.devnull}
 # Writes down its words, then runs the command for one process.
 SRUN = """#!/bin/bash
 echo "$PWD $*" >"$(dirname "$0")/srun.words"
+env | grep -E '^SLURM_(CPU_BIND|MEM_BIND|OVERLAP|DISABLE|OPEN)' >"$(dirname "$0")/srun.variables"
 while [[ "$1" == -* ]]; do [[ "$1" == *=* ]] && shift || shift 2; done
 unset SLURM_JOB_ID
 exec "$@"
@@ -177,6 +178,30 @@ def test_the_files_of_a_job(project):
     )
     assert folder == str(run / "code")
     assert words.startswith(f"1 -N 1 -o {run}/logs/%j_%t.out -e {run}/logs/%j_%t.err ")
+
+
+BOUND = {
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x2",
+    "SLURM_CPU_BIND_LIST": "0x2",
+    "SLURM_MEM_BIND": "no",
+}
+
+
+@pytest.mark.parametrize("launcher", ["echo", "bash"])
+def test_the_binding_of_the_shell_that_submits_is_not_the_jobs(project, launcher):
+    """sbatch hands on what `srun --pty` has set, and srun would want those CPUs of the job."""
+    stand_in(project, "srun", SRUN.replace('exec "$@"', '[[ -x "$1" ]]'))
+    submit(project, f"launcher={launcher}", "ngpu=1", SLURM_JOB_ID="1", **BOUND)
+    for variables in (BOUND, {}):
+        done = subprocess.run(
+            ["bash", project / "runs/first/submit.slurm"], capture_output=True, text=True,
+            env=environment(project, **variables),
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        # Within an allocation: beside the step that bash is in, Ctrl-C to the tasks, logs kept.
+        expected = ["SLURM_DISABLE_STATUS=1", "SLURM_OPEN_MODE=append", "SLURM_OVERLAP=1"]
+        said = (project / "bin/srun.variables").read_text("utf-8").splitlines()
+        assert sorted(said) == (expected if launcher == "bash" else [])
 
 
 def test_all_output_in_one_place_if_asked(project):

@@ -68,6 +68,12 @@ def test_from_a_checkout_with_our_folders_linked_in(tmp_path):
     assert 'shell.bash hook)"\n' in script and f"cd {run}/code/\n" in script
     assert f"#SBATCH --output={run}/logs/%j.stdout\n" in script  # SLURM makes no folder
     assert "#SBATCH --time=60\n" in script and "#SBATCH --requeue\n" in script
+    srun = script.index("\nsrun ")
+    assert (
+        script.index("\nunset ${!SLURM_CPU_BIND*} ")
+        < script.index("\nexport SLURM_OVERLAP=1 ")
+        < srun
+    )
     again = submit(checkout, "config=job.yaml", "launcher=bash", "time=60")
     assert again.returncode == 2 and "exists: give another" in again.stderr
 
@@ -113,4 +119,6 @@ def test_a_dry_run_writes_nothing(root):
     done = submit(root, "sweep=[job.yaml]", "dry_run=true", "eval_config=eval.yaml", **on(root))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('shell.bash hook)"\n') == 2 and "--array=0-1\n" in done.stdout
+    assert done.stdout.count("\nunset ${!SLURM_CPU_BIND*} ") == 2
+    assert "SLURM_OVERLAP" not in done.stdout
     assert "runs" not in [path.name for path in root.iterdir()]

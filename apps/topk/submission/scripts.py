@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from apps.topk import lingua_host
 from lingua_topk import host
 from lingua_topk._host.lingua import stool
+from lingua_topk._host.lingua._sbatch import before_srun
 from lingua_topk._host.lingua.stool import StoolArgs
 from lingua_topk.errors import ConfigError, HostError
 
@@ -65,6 +66,8 @@ def _text_of_lingua(args: StoolArgs, config: DictConfig, dump_dir: Path) -> str:
         text = Path(folder, "submit.slurm").read_text(encoding="utf-8")
     # SLURM makes no folders: a job whose logs/%j is not there fails, a step's output is lost.
     text = text.replace(folder, str(dump_dir)).replace("/logs/%j/%j", "/logs/%j")
+    before = "\n".join(before_srun(args.launcher == "bash"))
+    text = text.replace("\nsrun ", f"\n{before}\nsrun ", 1)
     # Not every cluster allows it where the job does not say so.
     return text.replace("\n#SBATCH --open-mode", "\n#SBATCH --requeue\n#SBATCH --open-mode", 1)
 

@@ -11,6 +11,13 @@ from pathlib import Path
 from .errors import ConfigError
 
 UNLIMITED = 14 * 24 * 60  # minutes, for a partition without a limit
+# A shell by `srun --pty` has the CPUs of its step in its environment. sbatch hands that on, and a
+# srun that is told of CPUs which its own job does not have ends at once.
+FORGET_BINDING = "unset ${!SLURM_CPU_BIND*} ${!SLURM_MEM_BIND*}"
+# Options of srun, as variables. By bash within an allocation it may be in a step that has all the
+# CPUs, for which it would wait; Ctrl-C is for the tasks, not for the state of srun; and a second
+# start is the same job, whose output the first has in the same files.
+WITHIN_ALLOCATION = "export SLURM_OVERLAP=1 SLURM_DISABLE_STATUS=1 SLURM_OPEN_MODE=append"
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Job:
         environment: variables that the job has to have.
         processes: those of all nodes.
         stdout: all processes write to the job's own output.
+        within_allocation: bash runs the script in a job that is there already.
     """
 
     name: str
@@ -45,6 +53,7 @@ class Job:
     submitted_from: Path
     environment: dict[str, str]
     stdout: bool
+    within_allocation: bool
 
     @property
     def processes(self) -> int:
@@ -110,7 +119,12 @@ def _by_srun(job: Job) -> list[str]:
     if not job.stdout:
         logs = job.dump_dir / "logs" / "%j"
         words += ["-o", f"{logs}_%t.out", "-e", f"{logs}_%t.err"]
-    return [_command(job, *words, str(job.python), "-u")]
+    return [*before_srun(job.within_allocation), _command(job, *words, str(job.python), "-u")]
+
+
+def before_srun(within_allocation: bool) -> list[str]:
+    """What srun has to find in its environment, or not to find there."""
+    return [FORGET_BINDING, *([WITHIN_ALLOCATION] if within_allocation else [])]
 
 
 def _by_torchrun(job: Job) -> list[str]:

@@ -274,7 +274,7 @@ def make_job(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) ->
         directives=[f"--{name}={getattr(args, name)}" for name in named if getattr(args, name)],
         python=python, code=code, origin=_origin(args), submitted_from=Path.cwd(),
         environment={k: v for k, v in sorted(os.environ.items()) if k.startswith("LINGUA_")},
-        stdout=args.stdout,
+        stdout=args.stdout, within_allocation=args.launcher == "bash",
     )  # fmt: skip
 
 
