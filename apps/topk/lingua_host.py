@@ -11,11 +11,11 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lingua_topk import host
+from lingua_topk._host.lingua import _requeue
 from lingua_topk.errors import CheckpointError, ConfigError, HostError
 
 logger = logging.getLogger(__name__)
@@ -274,9 +274,8 @@ class Stops(dict):
     asks SLURM to requeue the job whether there is a SLURM or not.
     """
 
-    def __init__(self, requeue: Callable[[], None]):
+    def __init__(self):
         super().__init__(flag=False)
-        self._requeue = requeue
         self._ends = False  # not to be requeued
         self._handlers: dict[int, Any] = {}  # those before ours
         self.is_step_done = True
@@ -305,15 +304,20 @@ class Stops(dict):
         return bool(dist_max(int(super().__getitem__(name))).item())
 
     def requeue(self) -> None:
-        """Lingua's own, where it can be and is wanted."""
-        if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ and not self._ends:
-            if "SLURM_ARRAY_TASK_ID" in os.environ:
-                # One element has the array's own number, by which all would be requeued.
-                element = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
-                os.environ["SLURM_JOB_ID"] = element
-            self._requeue()
-        else:
+        """Where it can be and is wanted; ends with status 1 where SLURM does not take the job.
+
+        Lingua's own drops what scontrol answers, and asks by the number of the whole array, by
+        which all its elements would be requeued.
+        """
+        from lingua.distributed import get_is_master
+
+        if not get_is_master():
+            return
+        can = _requeue.is_slurm_job() and os.environ.get("LAUNCH_WITH") != "DORA"
+        if not can or (self._ends and not _requeue.is_preempted()):
             logger.info("saved; start the run again to go on")
+        elif not _requeue.requeue():
+            sys.exit(1)
 
 
 def is_finished(args: Any) -> bool:

@@ -60,7 +60,7 @@ class Seam:
             (eval_module, "launch_eval", launch_eval),
         ]
         if lingua_host.is_lingua():
-            self.stops = lingua_host.Stops(_lookup(train_module, "requeue_slurm_job"))
+            self.stops = lingua_host.Stops()
             self._folders = contextlib.ExitStack()
             self._dump_config = _lookup(train_module, "dump_config")
             self.replacements += [

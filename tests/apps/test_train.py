@@ -183,6 +183,24 @@ def test_a_stopped_run_goes_on_where_it_was(corpus, whole_run, tmp_path, monkeyp
         assert {key: line[key] for key in same} == {key: other[key] for key in same}
 
 
+@pytest.mark.parametrize("is_preempted", [True, False])
+def test_sigterm_of_a_preemption_has_the_job_go_back_into_the_queue(
+    corpus, tmp_path, monkeypatch, is_preempted
+):
+    """That of scancel does not."""
+
+    def requeue():
+        raise SystemExit("requeued")
+
+    monkeypatch.setattr(train_module, "is_preempted", lambda: is_preempted)
+    monkeypatch.setattr(train_module, "requeue_slurm_job", requeue)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        signal_at(patch, step=2, number=signal.SIGTERM)
+        train(train_args(corpus, tmp_path / "run"))
+    assert ended.value.code == ("requeued" if is_preempted else 0)
+    assert (tmp_path / "run/checkpoints/0000000002").is_dir()
+
+
 def test_early_steps_are_saved_besides_and_never_deleted(corpus, tmp_path):
     keep = ["checkpoint.dump.every=4", "checkpoint.dump.keep=1", "checkpoint.eval.keep=1"]
     extra = ["save_at=[1,3,6]", "grad_acc_steps=2", "steps=8", "logging.freq=4"]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import lingua.distributed
+from lingua._requeue import is_preempted
 from lingua.distributed import (
     DistributedArgs,
     EnvironmentArgs,
@@ -251,17 +252,43 @@ def test_rank_0_of_a_slurm_job_requeues_it(launch, scontrol, variables, expected
     assert (calls.read_text() if calls.exists() else None) == expected
 
 
-def test_a_requeue_that_fails_is_logged_and_ends_all_the_same(launch, scontrol, caplog):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_requeue_that_fails_is_a_line_in_the_log_and_a_status(
+    launch, scontrol, monkeypatch, caplog, is_there
+):
+    """With status 0 the job would be done, for SLURM and for what waits for it."""
     scontrol(status=1)
     launch({**SLURM, "SLURM_PROCID": "0"})
-    with pytest.raises(SystemExit):
+    if not is_there:
+        monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as ended:
         requeue_slurm_job()
-    assert "scontrol requeue 77 failed" in caplog.text
-    caplog.clear()
-    os.environ["PATH"] = ""
-    with pytest.raises(SystemExit):
-        requeue_slurm_job()
-    assert "scontrol requeue 77 failed" in caplog.text
+    assert ended.value.code == 1
+    (line,) = (one.getMessage() for one in caplog.records if one.levelname == "ERROR")
+    assert line.startswith("scontrol requeue 77 failed: ")
+    assert line.endswith("the run is saved, and goes on when it is submitted again")
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "expected"),
+    [
+        ("JobId=77 PreemptEligibleTime=2026-01-02T03:04:05 PreemptTime=None Reason=None", 0, False),
+        ("JobId=77 PreemptEligibleTime=Unknown PreemptTime=2026-01-02T03:04:05", 0, True),
+        ("JobId=77 JobState=RUNNING", 0, False),
+        ("slurm_load_jobs error", 1, False),
+    ],
+)
+def test_slurm_says_whether_it_preempts_a_job(launch, scontrol, output, status, expected):
+    calls = scontrol(status, output)
+    launch({**SLURM, **ELEMENT})
+    assert is_preempted() == expected
+    assert calls.read_text() == "show job -o 77_3\n"
+
+
+def test_without_slurm_nothing_is_preempted(launch, scontrol):
+    calls = scontrol(output="PreemptTime=2026-01-02T03:04:05")
+    launch({})
+    assert not is_preempted() and not calls.exists()
 
 
 def test_sigusr2_calls_the_handler():

@@ -26,6 +26,7 @@ from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing import get_start_method, set_start_method
 
+from lingua import _requeue
 from lingua._rendezvous import is_torchruns, store_of_this_start
 from lingua._timeout import get_timeout
 from lingua.errors import ConfigError
@@ -256,27 +257,12 @@ def init_signal_handler(callable: Callable) -> None:
 
 
 def requeue_slurm_job() -> None:
-    """Ask SLURM to run this job again, where there is one, and end this process."""
-    if "SLURM_JOB_ID" in os.environ and get_is_master() and os.environ.get("LAUNCH_WITH") != "DORA":
-        job = _slurm_job_name()
-        logger.warning("requeueing SLURM job %s", job)
-        try:
-            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip()
-            logger.error("scontrol requeue %s failed: %s", job, reason)
-    sys.exit(0)
+    """Ask SLURM to run this job again, where there is one, and end this process.
 
-
-def _slurm_job_name() -> str:
-    """This job as scontrol is told it.
-
-    One element of an array has the array's own number as SLURM_JOB_ID: by that all its elements
-    would be requeued, those that are done included.
+    With status 1 where SLURM does not take it: a job that ends with 0 is done.
     """
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        return "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
-    return os.environ["SLURM_JOB_ID"]
+    asks = _requeue.is_slurm_job() and get_is_master() and os.environ.get("LAUNCH_WITH") != "DORA"
+    sys.exit(0 if not asks or _requeue.requeue() else 1)
 
 
 _LAUNCH_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "WANDB_")

@@ -41,6 +41,7 @@ from apps.main.transformer import (
 )
 from lingua._manifest import find_damage
 from lingua._peers import lost_peer
+from lingua._requeue import is_preempted
 from lingua._reshare import reshare
 from lingua.args import dataclass_from_dict
 from lingua.checkpoint import (
@@ -165,8 +166,8 @@ def set_preemption_flag(signum, frame) -> None:
     """Ask the loop to save and end after the step it is in.
 
     SIGUSR2 is SLURM's warning before a time limit, after which the job is to go on;
-    SIGTERM is meant to end it, by scancel for example, and so is Ctrl-C, of which a second
-    one does not wait for the step.
+    SIGTERM is meant to end it, by scancel for example, unless SLURM then says that it preempts
+    the job; and so is Ctrl-C, of which a second one does not wait for the step.
     """
     if signum == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -445,7 +446,7 @@ def _loop(run: Run, batches, metric_logger: MetricLogger, profiler, progress: tq
         if _any_rank(preemption_flag["flag"]):
             saved or _save(run)
             logger.info("ending after step %d of %d, as asked", state.step, args.steps)
-            if _any_rank(preemption_flag["requeue"]):
+            if _any_rank(preemption_flag["requeue"] or (get_is_master() and is_preempted())):
                 requeue_slurm_job()
             sys.exit(0)
     if not saved:
