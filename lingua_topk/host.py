@@ -105,16 +105,18 @@ def _find_checkout(environ: Mapping[str, str], cwd: Path, base: Path) -> Path | 
 
 
 def submitted_from(environ: Mapping[str, str], cwd: Path) -> Path | None:
-    """The folder that a job of Lingua's stool was submitted from, if `cwd` is the copy it made.
+    """The folder that a job of stool was submitted from, if `cwd` is the copy it made.
 
     The script that stool writes exports LAUNCH_WITH and DUMP_DIR and then changes into
-    DUMP_DIR/code; bash keeps the folder before in OLDPWD.
+    DUMP_DIR/code, or into code.N, to the newest of which code is a link; bash keeps the folder
+    before in OLDPWD.
     """
     before, dump_dir = environ.get("OLDPWD"), environ.get("DUMP_DIR")
     if environ.get("LAUNCH_WITH") != "SBATCH" or not before or not dump_dir:
         return None
     code = Path(before, dump_dir, "code")
-    return Path(before) if code.resolve() == cwd.resolve() else None
+    copies = [code, *code.parent.glob("code.*")]
+    return Path(before) if cwd.resolve() in [copy.resolve() for copy in copies] else None
 
 
 def leave_copied_code() -> None:

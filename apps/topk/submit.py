@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from apps.topk import cli, lingua_host
 from apps.topk.submission import arguments
 from apps.topk.submission.arguments import SubmitArgs, stool_args
+from lingua_topk._host.lingua.stool import as_written
 from lingua_topk.errors import ConfigError
 
 PROGRAM = "apps.topk.submit"
@@ -20,7 +21,7 @@ usage: python -m {PROGRAM} config=FILE partition=NAME [key=value ...]
 
 {__doc__}
 Jobs run a copy of the code as it is now. config is what python -m lingua.stool does, on either
-host: code/, base_config.yaml, submit.slurm and logs/ go to the config's dump_dir.
+host: code.N/, base_config.yaml, submit.slurm and logs/ go to the config's dump_dir.
 
 sweep=configs/paper takes every config of a folder, sweep=[a.yaml,b.yaml] those named: each is a
 run, and its vanilla twin is another (model.topk=null, vanilla_... for topk_... in name and
@@ -30,6 +31,8 @@ by the name in eval_config, the sweep's own files into a folder sweep/ beside th
 that reaches its time limit saves, goes back into the queue and on from there.
 
 A node has ngpu GPUs and as many processes (8; a small model wants ngpu=1), ncpu CPUs for each.
+mem is a node's memory. Empty, a job asks for all of it, and where SLURM counts memory no other job
+has a place beside it: with fewer GPUs than the node has give a number, as mem=64G.
 
 Keys of the runs are given with train. in front (config=FILE too), of all evaluations with eval.:
   sweep=configs/paper sweep_dir=dumps/trial train.steps=100 eval.harness.limit=10
@@ -51,6 +54,7 @@ def _main(argv: list[str]) -> None:
         print(HELP + OmegaConf.to_yaml(OmegaConf.structured(SubmitArgs())).rstrip())
         return
     words = cli.dot_list(argv)
+    as_written(words, argv)
     _check_words(words)
     args = cli.merge(SubmitArgs, (words, "the command line"))
     arguments.check(args)
@@ -77,13 +81,11 @@ def _check_words(words: DictConfig) -> None:
 
 def _submit_single(args: SubmitArgs) -> int:
     from apps.topk.submission import configs, scripts, slurm
-    from lingua_topk._host.lingua.stool import is_sbatch, launch_job
+    from lingua_topk._host.lingua.stool import is_sbatch, launch_job, start
 
     config = configs.read_single(args)
-    status = launch_job(stool_args(args, config=config), scripts.text_of)
-    if status == 0 and is_sbatch(args.launcher) and not args.dry_run:
-        slurm.tell_of_single(config.name)
-    return status
+    starts = slurm.submit_single if is_sbatch(args.launcher) else start
+    return launch_job(stool_args(args, config=config), scripts.text_of, starts)
 
 
 def _submit_sweep(args: SubmitArgs) -> int:

@@ -119,6 +119,9 @@ def test_a_sweep_is_an_array_with_an_array_of_evaluations_behind_it(project, sub
     ]
     assert "4 runs as job array 41, elements 0 to 3\n" in said
     assert "squeue --jobs=41,42\n" in said and "scancel 41 42," in said
+    assert f"sbatch --array=N '{sweep}/submit.slurm' goes on" in said
+    again = "sbatch --dependency=aftercorr:JOB --kill-on-invalid-dep=yes --array=N"
+    assert f"{again} '{sweep}/evaluate.slurm', JOB being" in said
     scripts = [(sweep / name).read_text("utf-8") for name in ("submit.slurm", "evaluate.slurm")]
     for script, gpus, minutes, name in zip(scripts, (4, 1), (90, 30), ("", "-eval"), strict=True):
         for option in (
@@ -148,7 +151,7 @@ def test_the_runs_of_a_sweep_and_their_twins(project, submitted):
         assert re.search(rf"^\d  {name} +{kind} +7 +runs/{name} ", said, re.MULTILINE)
         for folder in (run, run / "evals/mine"):
             assert (folder / "logs").is_dir()
-            assert (folder / "code").resolve() == project / "runs/sweep/code"
+            assert (folder / "code").resolve() == project / "runs/sweep/code.1"
     copied = project / "runs" / "sweep" / "code"
     assert (copied / "apps/topk/train.py").is_file() and (copied / ".commit").is_file()
     assert not (copied / "runs").exists()  # the folders of jobs are not copied
@@ -166,7 +169,7 @@ def test_an_element_of_the_array_is_its_run(project, submitted, script):
     where, before, dump_dir, launched, config = done.stdout.splitlines()
     job = project / "runs" / "vanilla_a" / ("" if script == "submit.slurm" else "evals/mine")
     assert (dump_dir, config) == (str(job), f"config={job}/base_config.yaml")
-    assert where == str(project / "runs/sweep/code")
+    assert where == str(project / "runs/sweep/code.1")
     # Relative paths mean what they meant where the command was given.
     variables = {"OLDPWD": before, "DUMP_DIR": dump_dir, "LAUNCH_WITH": launched}
     assert submitted_from(variables, Path(where)) == project
@@ -202,11 +205,13 @@ def test_what_is_there_is_not_touched(project, submitted):
     assert not (project / "bin/sbatch.words").exists()
     assert submitted(*SWEEP, "dirs_exists_ok=true")[0] == 0
     code = project / "runs/sweep/code"
-    before = code.stat().st_ino
+    first = code.resolve()
+    Path("new.py").touch()
     assert submitted(*SWEEP, "dirs_exists_ok=true")[0] == 0  # as after a first time
-    # Jobs that are at work go on in the copy that they began with.
-    assert code.stat().st_ino != before == (code.parent / "code.1").stat().st_ino
-    assert files(code) == files(code.parent / "code.1")
+    # Jobs that are at work go on in the copy that they began with, whose place it keeps.
+    assert (first.name, code.resolve().name) == ("code.1", "code.2")
+    assert (code / "new.py").exists() and not (first / "new.py").exists()
+    assert "/sweep/code.2' || exit 1\n" in (kept.parent / "submit.slurm").read_text("utf-8")
     assert kept.read_text("utf-8") == "{}\n"
     (kept.parent / "code").unlink()
     (kept.parent / "code").mkdir()
@@ -248,6 +253,9 @@ def test_what_sbatch_refuses(project, submitted):
         (["sweep=configs", "eval.name='0000000004'"], "is no name of a folder in evals/"),
         (["sweep=configs", "eval_config=nowhere.yaml"], "eval_config=nowhere.yaml is not a file"),
         (["sweep=configs", "eval_time=0"], "eval_time=0 is not allowed"),
+        (["sweep=configs", "eval_time=3"], "eval_time=3 is too short"),
+        (["sweep=configs", "eval_time=1:00:00"], "eval_time=1:00:00 is no number: give minutes"),
+        (["sweep=configs", "sweep_dir=eval.yaml/x"], "cannot be made: "),
         (["sweep=configs", "eval_ngpu=-1"], "eval_ngpu=-1 is too small"),
         (["sweep=configs", "max_parallel=-1"], "max_parallel=-1 is too small"),
         (["sweep=configs", "launcher=echo"], "launcher='echo' cannot start a sweep"),
@@ -330,12 +338,19 @@ def test_one_run_is_a_job_of_stool(project, submitted):
     status, said, _ = submitted("config=configs/b.yaml", "train.steps=9", "ngpu=2")
     run = project / "runs" / "b"
     assert status == 0
-    assert "Submitted batch job 41\n" in said and "scancel --me --name=b\n" in said
-    assert (project / "bin/sbatch.words").read_text("utf-8") == f"{run}/submit.slurm\n"
+    assert "submitted job 41\n" in said and "scancel --signal=TERM 41 saves" in said
+    assert (project / "bin/sbatch.words").read_text("utf-8") == f"--parsable {run}/submit.slurm\n"
     assert OmegaConf.load(run / "base_config.yaml").steps == 9
     assert "-m apps.topk.train 'config=" in (run / "submit.slurm").read_text("utf-8")
-    assert (run / "code/apps/topk/train.py").is_file() and not (run / "code").is_symlink()
+    assert (run / "code/apps/topk/train.py").is_file()
     assert_refused(submitted("config=configs/b.yaml"), "exists: give another, or dirs_exists_ok")
+
+
+def test_a_single_run_that_sbatch_refuses(project, submitted):
+    (project / "bin/refused").write_text("b/submit.slurm", encoding="utf-8")
+    status, said, stderr = submitted("config=configs/b.yaml")
+    assert status == 1 and "submitted job" not in said
+    assert stderr.splitlines()[-1].endswith("give the same command with dirs_exists_ok=true")
 
 
 def test_one_run_of_another_program_has_keys_of_its_own(project, submitted):

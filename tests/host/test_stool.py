@@ -117,7 +117,7 @@ def test_the_job_runs_from_the_copy_alone(project):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_metrics(run)) == 4
     for module in ("apps/topk/seam", "lingua_topk/patch", "lingua_topk/_host/lingua/data"):
-        assert f"{run}/code/{module}.py" in done.stderr
+        assert f"{run}/code.1/{module}.py" in done.stderr
     assert f"{ROOT}/" not in done.stderr.replace(sys.prefix, "")
 
 
@@ -176,7 +176,7 @@ def test_the_files_of_a_job(project):
     folder, _, words = (
         (project / "bin/srun.words").read_text("utf-8").partition(" --kill-on-bad-exit=1 -n ")
     )
-    assert folder == str(run / "code")
+    assert folder == str(run / "code.1")
     assert words.startswith(f"1 -N 1 -o {run}/logs/%j_%t.out -e {run}/logs/%j_%t.err ")
 
 
@@ -215,7 +215,7 @@ def test_a_dry_run_shows_the_job_and_writes_nothing(project):
     assert done.returncode == 0
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=tiny\n")
     assert "--time" not in done.stdout
-    assert f"files of code would be copied to {project}/runs/first/code" in done.stdout
+    assert f"files of code would be copied to {project}/runs/first/code.1" in done.stdout
     assert files(project) == before
     (project / "runs/first").mkdir(parents=True)
     assert "without dirs_exists_ok=true" in submit(project, "dry_run=true").stdout
@@ -238,6 +238,14 @@ def test_a_failing_program_is_a_failing_job(project):
     assert "model.topk.k=0 is too small" in done.stderr
 
 
+ODD_CONFIGS = {
+    "numbers": "dump_dir: d, data: {root_dir: 5}",
+    "sections": "dump_dir: d, checkpoint: {path: {a: 1}}",
+    "lists": "dump_dir: d, data: [1]",
+    "below": "dump_dir: tool.py/run",
+}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -246,7 +254,12 @@ def test_a_failing_program_is_a_failing_job(project):
         (["time=0"], "time=0 is not allowed"),
         (["time=1.5"], "1.5"),
         (["time=4", "launcher=sbatch"], "time=4 is too short: SLURM warns the program"),
-        (["partition="], "partition: "),
+        (["partition="], "partition='' is empty"),
+        (["time=2:00:00"], "time=2:00:00 is no number: give minutes"),
+        (["config=numbers.yaml"], "data.root_dir=5 is no path: write it as text"),
+        (["config=sections.yaml"], "checkpoint.path={'a': 1} is no path"),
+        (["config=lists.yaml"], "data.root_dir: "),
+        (["config=below.yaml"], "tool.py/run/logs cannot be made: "),
         (["nods=2"], "nods: Key 'nods' not in 'StoolArgs'"),
         (["config=nowhere.yaml"], "config=nowhere.yaml is not a file"),
         (["script=apps.topk.trane"], "script=apps.topk.trane is not in"),
@@ -259,6 +272,8 @@ def test_a_failing_program_is_a_failing_job(project):
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(project, words, said):
+    for name, content in ODD_CONFIGS.items():
+        (project / f"{name}.yaml").write_text(f"{{name: n, {content}}}", encoding="utf-8")
     before = files(project)
     assert_refused(submit(project, "launcher=echo", *words), said)
     assert files(project) == before
@@ -303,6 +318,44 @@ def in_project(project, monkeypatch):
     monkeypatch.chdir(project)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     return project
+
+
+def test_the_code_under_a_job_never_changes(in_project):
+    """Also not that of a stool which does not number the copies."""
+    run = in_project / "runs/first"
+
+    def submit_again():
+        stool.launch_job(
+            StoolArgs(
+                config=OmegaConf.load("job.yaml"), launcher="true", script="tool", nodes=1, time=5,
+                dirs_exists_ok=True,
+            )
+        )  # fmt: skip
+        return (run / "submit.slurm").read_text("utf-8")
+
+    for number in (1, 2):
+        assert f"\ncd '{run}/code.{number}' || exit 1\n" in submit_again()
+        assert (run / "code").resolve() == run / f"code.{number}"
+    Path("new.py").touch()
+    (run / "code").unlink()
+    (run / "code").mkdir()
+    submit_again()
+    assert [(run / f"code.{n}/new.py").exists() for n in (1, 2, 3)] == [False, False, True]
+    assert not any((run / "code").iterdir())
+
+
+def test_a_job_is_submitted_also_where_nobody_reads(project):
+    stand_in(project, "sbatch", '#!/bin/bash\necho "$*" >"$(dirname "$0")/sbatch.words"\n')
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = ["script=tool", "config=job.yaml", "nodes=1", "time=5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lingua.stool", *words], cwd=project, env=environment(project),
+        stdout=writes, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (project / "bin/sbatch.words").exists()
 
 
 @pytest.mark.parametrize("copy_code", [True, False])
@@ -360,6 +413,10 @@ def test_the_limit_of_the_partition_is_asked_for(project, monkeypatch):
     assert "--time=4320\n" in submit(project, "dry_run=true", "partition=unheard").stdout
     with_options = submit(project, "dry_run=true", "partition=short", "launcher=sbatch --hold")
     assert "--time=30\n" in with_options.stdout
+    # One job may start in any of them.
+    several = ["partition=unheard,long,odd", "launcher=sbatch --array=0-9%2", "account=0123"]
+    said = submit(project, "dry_run=true", *several).stdout
+    assert "--time=63\n" in said and "--account=0123\n" in said
 
 
 def test_without_slurm_to_ask_a_time_is_wanted(monkeypatch):

@@ -63,9 +63,9 @@ def test_from_a_checkout_with_our_folders_linked_in(tmp_path):
     run = checkout / "runs" / "first"
     assert len(read_metrics(run)) == 4
     (start,) = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
-    assert start["host"].startswith(f"Meta Lingua at {run}/code, ")
+    assert start["host"].startswith(f"Meta Lingua at {run}/code.1, ")
     script = (run / "submit.slurm").read_text(encoding="utf-8")
-    assert 'shell.bash hook)"\n' in script and f"cd {run}/code/\n" in script
+    assert 'shell.bash hook)"\n' in script and f"cd {run}/code.1/\n" in script
     assert f"#SBATCH --output={run}/logs/%j.stdout\n" in script  # SLURM makes no folder
     assert "#SBATCH --time=60\n" in script and "#SBATCH --requeue\n" in script
     srun = script.index("\nsrun ")

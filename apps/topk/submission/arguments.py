@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from apps.topk.provenance import ROOT
-from lingua_topk._host.lingua.stool import StoolArgs, is_sbatch
+from lingua_topk._host.lingua.stool import LEAST_TIME, StoolArgs, is_sbatch
 from lingua_topk.errors import ConfigError
 
 EVAL_CONFIG = "configs/eval/paper.yaml"
@@ -76,6 +76,8 @@ def _check_sweep(args: SubmitArgs) -> None:
         raise ConfigError(
             f"eval_time={args.eval_time} is not allowed: give minutes, or -1 for all there is"
         )
+    if 0 < args.eval_time < LEAST_TIME and is_sbatch(args.launcher):
+        raise ConfigError(f"eval_time={args.eval_time} is too short: give at least {LEAST_TIME}")
     if not is_sbatch(args.launcher) and args.launcher != "bash":
         raise ConfigError(
             f"launcher={args.launcher!r} cannot start a sweep: give sbatch (with options of it, if"

@@ -5,6 +5,7 @@ where it could be asked to (the job is pending then, and what depends on it wait
 takes it for done.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def finished_checkpoint(run: Path) -> Path:
     if int(checkpoint.name) < steps:
         raise CheckpointError(
             f"{run} is at step {int(checkpoint.name):,} of {steps:,}: the run was paused, and is"
-            f" not done; go on with sbatch {run}/submit.slurm"
+            f" not done; go on with sbatch {shlex.quote(f'{run}/submit.slurm')}"
         )
     return checkpoint
 

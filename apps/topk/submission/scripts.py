@@ -29,11 +29,11 @@ def text_of(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> 
     As `stool.script_text`. Where there is no srun it is always ours, by torchrun.
     """
     if lingua_host.is_lingua() and stool.has_srun(args):
-        return _text_of_lingua(args, config, dump_dir)
+        return _text_of_lingua(args, config, dump_dir, code)
     return stool.script_text(args, config, dump_dir, code)
 
 
-def _text_of_lingua(args: StoolArgs, config: DictConfig, dump_dir: Path) -> str:
+def _text_of_lingua(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path) -> str:
     """What the checkout's stool writes; it is given a folder that is only for that.
 
     It takes paths as they are and does not quote them, copies everything that ends in .py,
@@ -66,6 +66,8 @@ def _text_of_lingua(args: StoolArgs, config: DictConfig, dump_dir: Path) -> str:
         text = Path(folder, "submit.slurm").read_text(encoding="utf-8")
     # SLURM makes no folders: a job whose logs/%j is not there fails, a step's output is lost.
     text = text.replace(folder, str(dump_dir)).replace("/logs/%j/%j", "/logs/%j")
+    # The copy that never changes, where Lingua's is replaced under the job.
+    text = text.replace(f"\ncd {dump_dir}/code/", f"\ncd {code}/", 1)
     before = "\n".join(before_srun(args.launcher == "bash"))
     text = text.replace("\nsrun ", f"\n{before}\nsrun ", 1)
     # Not every cluster allows it where the job does not say so.

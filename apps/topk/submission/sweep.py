@@ -1,6 +1,5 @@
 """A sweep: all is read and checked, then written, then started."""
 
-import itertools
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -71,7 +70,7 @@ def submit_sweep(args: SubmitArgs) -> int:
             " dirs_exists_ok=true to go on in these"
         )
     _write(args, sweep)
-    print(_table(sweep))
+    stool.say(_table(sweep))
     _warn_of_data(sweep)
     if args.launcher == "bash":
         return here.run_all(sweep.training, sweep.evaluations)
@@ -80,7 +79,7 @@ def submit_sweep(args: SubmitArgs) -> int:
 
 def _planned(args: SubmitArgs, runs: list[Run], evaluation: DictConfig | None) -> Sweep:
     folder = _sweep_dir(args, runs) / FOLDER
-    code = folder / "code" if args.copy_code else Path.cwd()
+    code = stool.fresh_code(folder) if args.copy_code else Path.cwd()
     training = [(run, replace(stool_args(args), config=run.config)) for run in runs]
     evaluations = [
         (run, replace(_evaluation_args(args), config=_evaluation_config(run, evaluation)))
@@ -162,38 +161,19 @@ def _and_more(problems: list[Path]) -> str:
 
 
 def _write(args: SubmitArgs, sweep: Sweep) -> None:
-    (sweep.folder / "logs").mkdir(parents=True, exist_ok=True)
+    stool.make_folder(sweep.folder / "logs", f"the sweep's folder {sweep.folder}")
     # Before the copy: they mark the folders as those of jobs, which are not copied.
     for name, text in sweep.arrays.items():
         write_text(sweep.folder / name, text)
     for job in (*sweep.training, *sweep.evaluations):
-        (job.folder / "logs").mkdir(parents=True, exist_ok=True)
+        stool.make_folder(job.folder / "logs", f"dump_dir={job.folder}")
         write_text(job.folder / "base_config.yaml", OmegaConf.to_yaml(job.config))
         write_text(job.script, job.text)
         if args.copy_code:
-            _link(job.folder / "code", sweep.code)
+            stool.link_code(job.folder / "code", sweep.code)
     if args.copy_code:
-        print(f"copied {_copy_code(sweep.code):,} files of code to {sweep.code}")
-
-
-def _copy_code(code: Path) -> int:
-    """A whole copy of the code; an earlier one is kept beside it: jobs may be at work there."""
-    new = code.with_name(f".code.{os.getpid()}")
-    copied = stool.copy_dir(Path.cwd(), new)
-    write_text(new / ".commit", f"{stool.commit_here()}\n")
-    if code.exists():
-        earlier = (code.with_name(f"code.{n}") for n in itertools.count(1))
-        code.rename(next(path for path in earlier if not path.exists()))
-    new.rename(code)
-    return copied
-
-
-def _link(link: Path, code: Path) -> None:
-    """By which a program in the copy finds that it is this job's."""
-    partial = link.with_name(f".code.{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(code)
-    os.replace(partial, link)
+        stool.say(f"copied {stool.copy_code(sweep.code):,} files of code to {sweep.code}")
+        stool.link_code(sweep.folder / "code", sweep.code)
 
 
 def _show(args: SubmitArgs, sweep: Sweep, problems: list[Path]) -> None:

@@ -2,9 +2,13 @@
 
     python -m lingua.stool script=apps.main.train config=FILE nodes=1 partition=... [key=value ...]
 
-Writes into the config's dump_dir: code/ (the .py files under the working directory),
-base_config.yaml, submit.slurm and logs/; then runs `<launcher> submit.slurm`. The job starts
-in code/, so every path of the config that this module knows is made absolute before.
+Writes into the config's dump_dir: code.N/ (the .py files under the working directory; N is new
+each time, so that the code under a job never changes, and code is a link to the newest),
+base_config.yaml, submit.slurm and logs/; then runs `<launcher> submit.slurm`. The job starts in
+code.N/, so every path of the config that this module knows is made absolute before.
+
+mem is a node's. Empty, the job asks for all of it, and where SLURM counts memory nobody shares the
+node: a job that does not use all GPUs wants a number, as mem=64G.
 """
 
 import os
@@ -38,6 +42,8 @@ PATH_KEYS = (
     "validation.root_dir",
     "eval.validation.root_dir",
 )
+# Keys of the command line that are text, whatever YAML would read in them.
+TEXT_KEYS = ("account", "constraint", "exclude", "partition", "qos")
 # What tells a folder of installed packages, or of an earlier job's code, from code to copy.
 ENVIRONMENT_MARKS = ("pyvenv.cfg", "conda-meta", "submit.slurm")
 _SBATCH_OWN = re.compile(r"[\"'%\\#]")
@@ -132,6 +138,7 @@ def validate_args(args: StoolArgs) -> None:
     texts = {field.name: getattr(args, field.name) for field in fields(args)}
     texts.update(name=config["name"], dump_dir=config["dump_dir"])
     texts["the working directory"] = os.getcwd()
+    del texts["launcher"]  # which is not in the script
     for name, value in texts.items():
         if isinstance(value, str) and (not value.isprintable() or _SBATCH_OWN.search(value)):
             raise ConfigError(
@@ -181,38 +188,91 @@ def script_text(args: StoolArgs, config: DictConfig, dump_dir: Path, code: Path)
     return job_text(make_job(args, config, dump_dir, code), has_srun=has_srun(args))
 
 
-def launch_job(args: StoolArgs, text_of: Callable[..., str] = script_text) -> int:
+def start(launcher: list[str], script: Path) -> int:
+    """Hand a job's script to the launcher; its exit status."""
+    say(f"{' '.join(launcher)} {script}")
+    status = run_launcher([*launcher, str(script)])
+    if status:
+        print(
+            f"{' '.join(launcher)} ended with status {status}, and dump_dir={script.parent} stays"
+            " as it is: once that is mended, give the same command with dirs_exists_ok=true",
+            file=sys.stderr,
+        )
+    return status
+
+
+def launch_job(
+    args: StoolArgs,
+    text_of: Callable[..., str] = script_text,
+    start: Callable[[list[str], Path], int] = start,
+) -> int:
     """Write the job's folder and hand it to the launcher, whose exit status is returned.
 
-    text_of: what writes submit.slurm, called as `script_text` is.
+    text_of, start: what writes submit.slurm and what submits it, called as those here are.
     """
     validate_args(args)
     config = with_absolute_paths(args.config)
     dump_dir = Path(config["dump_dir"])
-    code = dump_dir / "code" if args.copy_code else Path.cwd()
+    code = fresh_code(dump_dir) if args.copy_code else Path.cwd()
     check_code(args, dump_dir)
     text = text_of(args, config, dump_dir, code)
     if args.dry_run:
-        _show(args, dump_dir, text)
+        _show(args, dump_dir, code, text)
         return 0
     if not make_room(args, dump_dir):
         return 1
-    (dump_dir / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(dump_dir / "logs", f"dump_dir={dump_dir}")
     write_whole(dump_dir / "base_config.yaml", OmegaConf.to_yaml(config))
     script = dump_dir / "submit.slurm"
     write_whole(script, text)  # before the copy: it marks the folder as one that is not copied
     if args.copy_code:
-        print(f"copied {copy_dir(Path.cwd(), code):,} files of code to {code}")
-        write_whole(code / ".commit", f"{commit_here()}\n")
-    print(f"{args.launcher} {script}", flush=True)
-    status = run_launcher([*args.launcher.split(), str(script)])
-    if status:
-        print(
-            f"{args.launcher} ended with status {status}, and dump_dir={dump_dir} stays as it is:"
-            " once that is mended, give the same command with dirs_exists_ok=true",
-            file=sys.stderr,
-        )
-    return status
+        say(f"copied {copy_code(code):,} files of code to {code}")
+        link_code(dump_dir / "code", code)
+    return start(args.launcher.split(), script)
+
+
+def say(text: str) -> None:
+    """Print it; a job is submitted also where nobody reads on, as behind `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_folder(folder: Path, field: str) -> None:
+    """ConfigError where a file is in the way; field: by which the user gave the place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{field} cannot be made: {error.filename} is not, or is not in, a folder: give another"
+        ) from None
+
+
+def fresh_code(folder: Path) -> Path:
+    """Where the next copy of the code goes: code.N, which no job has seen yet."""
+    taken = [int(one.suffix[1:]) for one in folder.glob("code.*") if one.suffix[1:].isdecimal()]
+    return folder / f"code.{max(taken, default=0) + 1}"
+
+
+def copy_code(code: Path) -> int:
+    """The code under the working directory, with its commit; how many files."""
+    copied = copy_dir(Path.cwd(), code)
+    write_whole(code / ".commit", f"{commit_here()}\n")
+    return copied
+
+
+def link_code(link: Path, code: Path) -> None:
+    """`link` becomes one to `code`, at once.
+
+    A folder there is the copy of a stool that does not number them, and jobs may be at work in it.
+    """
+    if link.is_dir() and not link.is_symlink():
+        return
+    partial = link.with_name(f".code.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(code)
+    os.replace(partial, link)
 
 
 def run_launcher(command: list[str]) -> int:
@@ -239,7 +299,12 @@ def with_absolute_paths(config: Any) -> DictConfig:
         config if isinstance(config, dict) else OmegaConf.to_container(config)
     )
     for key in PATH_KEYS:
-        value = OmegaConf.select(config, key)
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+        if value and not isinstance(value, str):
+            raise ConfigError(f"{key}={value} is no path: write it as text, in quotes")
         if value:
             OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(value)))
     return config
@@ -285,7 +350,10 @@ def time_limit(args: StoolArgs) -> int | None:
     if not is_sbatch(args.launcher):
         return None
     try:
-        return retrieve_max_time_per_partition().get(args.partition, DEFAULT_TIME)
+        limits = retrieve_max_time_per_partition()
+        # Of several the job starts in the first that is free, which has to allow it.
+        names = args.partition.split(",")
+        return min((limits[name] for name in names if name in limits), default=DEFAULT_TIME)
     except ConfigError:
         if args.dry_run:  # to look at, no SLURM is needed
             return None
@@ -308,11 +376,11 @@ def _origin(args: StoolArgs) -> str:
     return f"copied from {Path.cwd()}, {commit}" if args.copy_code else commit
 
 
-def _show(args: StoolArgs, dump_dir: Path, text: str) -> None:
+def _show(args: StoolArgs, dump_dir: Path, code: Path, text: str) -> None:
     print(text)
     if args.copy_code:
         number = sum(1 for _ in code_files(Path.cwd()))
-        print(f"dry run: {number:,} files of code would be copied to {dump_dir}/code")
+        print(f"dry run: {number:,} files of code would be copied to {code}")
     if dump_dir.exists() and not (args.dirs_exists_ok or args.override):
         print(f"dry run: {dump_dir} exists: without dirs_exists_ok=true this would be refused")
     print("dry run: nothing was written, nothing submitted")
@@ -357,6 +425,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         print(f"error: dump_dir cannot be written: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -366,6 +437,15 @@ def _one_line(error: Exception) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
 
 
+def as_written(words: DictConfig, argv: list[str]) -> None:
+    """Undo what YAML makes of key=value: 2:00:00 is the number 7200 to it, and 0123 is 83."""
+    for key, _, value in (word.partition("=") for word in argv):
+        if key in TEXT_KEYS:
+            words[key] = value
+        if key in ("time", "eval_time") and ":" in value:
+            raise ConfigError(f"{key}={value} is no number: give minutes, as {key}=120")
+
+
 def _read_args() -> StoolArgs:
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
         print(f"{__doc__}\n{OmegaConf.to_yaml(OmegaConf.structured(StoolArgs()))}")
@@ -373,6 +453,7 @@ def _read_args() -> StoolArgs:
     path = "the command line"
     try:
         words = OmegaConf.from_cli()
+        as_written(words, sys.argv[1:])
         path = words.pop("config", None)
         if not path or not os.path.isfile(str(path)):
             raise ConfigError(f"config={path} is not a file: give the path of a YAML file")
