@@ -18,7 +18,7 @@ from lingua import stool
 from lingua._sbatch import partition_limits
 from lingua.errors import ConfigError
 from lingua.stool import StoolArgs
-from lingua_topk.host import EMBEDDED_ROOT
+from lingua_topk.host import EMBEDDED_ROOT, submitted_from
 from tests.apps.tiny import CONFIG, read_metrics, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +259,7 @@ ODD_CONFIGS = {
         (["config=numbers.yaml"], "data.root_dir=5 is no path: write it as text"),
         (["config=sections.yaml"], "checkpoint.path={'a': 1} is no path"),
         (["config=lists.yaml"], "data.root_dir: "),
-        (["config=below.yaml"], "tool.py/run/logs cannot be made: "),
+        (["config=below.yaml"], "tool.py/run cannot be made: "),
         (["nods=2"], "nods: Key 'nods' not in 'StoolArgs'"),
         (["config=nowhere.yaml"], "config=nowhere.yaml is not a file"),
         (["script=apps.topk.trane"], "script=apps.topk.trane is not in"),
@@ -336,6 +336,9 @@ def test_the_code_under_a_job_never_changes(in_project):
     for number in (1, 2):
         assert f"\ncd '{run}/code.{number}' || exit 1\n" in submit_again()
         assert (run / "code").resolve() == run / f"code.{number}"
+    # And a job in an earlier copy, requeued for example, knows still where it was submitted.
+    job = {"LAUNCH_WITH": "SBATCH", "OLDPWD": str(in_project), "DUMP_DIR": str(run)}
+    assert submitted_from(job, run / "code.1") == submitted_from(job, run / "code.2") == in_project
     Path("new.py").touch()
     (run / "code").unlink()
     (run / "code").mkdir()
