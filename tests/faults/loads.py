@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 # Of a module: all that it has for reading; of a name alone: that call.
 UNPICKLING = {
-    "pickle": {"load", "loads", "Unpickler"},
+    "pickle": {"load", "loads", "Unpickler", "_Unpickler", "_load", "_loads"},
     "dill": {"load", "loads"},
     "cloudpickle": {"load", "loads"},
     "joblib": {"load"},

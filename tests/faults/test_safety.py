@@ -5,13 +5,14 @@ import json
 import os
 import pickle
 import shutil
-from pathlib import Path
+from pathlib import Path, PosixPath
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.serialization import _get_layout
 
 from apps.topk import analyze, cli, export, generate, lingua_host, report, steer, trace
 from apps.topk.checkpoint import open_checkpoint
@@ -29,7 +30,7 @@ from tests.faults.loads import unsafe_loads
 ROOT = Path(__file__).resolve().parents[2]
 # What reads pickles, and why it may: each limits them, or reads what its own process wrote.
 ALLOWED = {
-    ("lingua_topk/_host/lingua/_index.py", "pickle.Unpickler"),  # names of an index alone
+    ("lingua_topk/_host/lingua/_index.py", "pickle._Unpickler"),  # an index's names and steps
     ("lingua_topk/_host/lingua/_background.py", "pickle.loads"),  # of its own child's pipe
 }
 
@@ -123,7 +124,47 @@ def index_that_leaves(path: Path) -> None:
     lying_index(path, change)
 
 
-HARMS = [index_that_is_code, tensor_that_is_code, tensor_called_an_object, index_that_leaves]
+def word(text: str) -> bytes:
+    return pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
+
+
+def named(module: str, name: str) -> bytes:
+    return word(module) + word(name) + pickle.STACK_GLOBAL
+
+
+def before_an_index(steps: bytes):
+    """Harm by steps that are taken before those that make the index."""
+
+    def harm(path: Path) -> None:
+        index = (path / ".metadata").read_bytes()
+        (path / ".metadata").write_bytes(pickle.PROTO + b"\4" + steps + index)
+
+    return harm
+
+
+def index_that_changes_a_class(path: Path) -> None:
+    """By it PosixPath gets an attribute: __fspath__ would lead all that is written elsewhere."""
+    attributes = b"N}" + word(MARK) + pickle.NEWTRUE + b"s" + pickle.TUPLE2
+    before_an_index(named("pathlib", "PosixPath") + attributes + pickle.BUILD)(path)
+
+
+def index_that_changes_a_function(path: Path) -> None:
+    attributes = b"}" + word(MARK) + pickle.NEWTRUE + b"s"
+    before_an_index(named("torch.serialization", "_get_layout") + attributes + pickle.BUILD)(path)
+
+
+HARMS = [
+    index_that_is_code, tensor_that_is_code, tensor_called_an_object, index_that_leaves,
+    index_that_changes_a_class, index_that_changes_a_function,
+]  # fmt: skip
+
+
+def is_unharmed() -> bool:
+    """Whether nothing of what the harms are to do has been done."""
+    changed = [one for one in (PosixPath, _get_layout) if hasattr(one, MARK)]
+    for one in changed:
+        delattr(one, MARK)
+    return not changed and not Path(MARK).exists()
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +214,7 @@ def refused(program: str, capsys) -> str:
         cli.run(lambda: main([str(one) for one in words]))
     errors = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     assert ended.value.code == 2 and len(errors) == 1
-    assert not Path(MARK).exists()
+    assert is_unharmed()
     # What was begun is there still where the program can go on with it.
     assert program == "trace" or not list(Path().glob("new*"))
     assert "weights_only" not in errors[0]  # torch's advice is to allow it
@@ -206,7 +247,24 @@ def test_what_another_loader_would_run_is_found(place, harm):
             read_model(NEWEST)
     else:
         assert find_code(NEWEST)
-    assert not Path(MARK).exists()
+    assert is_unharmed()
+
+
+@pytest.mark.parametrize("steps", [
+    b"Pid\n", b"(ios\nmkdir\n", b"cos\nmkdir\n", pickle.EXT1 + b"\1",
+    pickle.BYTEARRAY8 + b"\0\0\0\0\0\0\0\1", word("a") + pickle.POP,
+])  # fmt: skip
+def test_an_index_takes_only_the_steps_that_make_one(place, steps):
+    before_an_index(steps)(NEWEST)
+    assert "it does what is no part of making an index" in find_code(NEWEST)
+
+
+def test_an_index_changes_only_what_it_has_made(place):
+    steps = named("torch", "float32") + b"}" + pickle.BUILD
+    before_an_index(steps)(NEWEST)
+    assert "it changes a dtype, which is no part of an index" in find_code(NEWEST)
+    index_that_changes_a_function(NEWEST)
+    assert "it changes a function" in find_code(NEWEST) and is_unharmed()
 
 
 # What is seen to on Meta Lingua, which loads by torch's own reader.

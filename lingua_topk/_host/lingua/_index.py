@@ -2,8 +2,8 @@
 
 Its index, .metadata, is a pickle, and so is each object among its data (the optimizer's
 settings): torch reads both without a limit. Here an index is made of the names that torch
-writes there and of no other, objects are those that weights_only=True allows, and data are
-compared with the CRCs that torch.save wrote with them.
+writes there and of no other, in the steps that making one takes, objects are those that
+weights_only=True allows, and data are compared with the CRCs that torch.save wrote with them.
 """
 
 import io
@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -36,13 +36,59 @@ _ALLOWED = {
     (_METADATA, "TensorStorageMetadata"),
     (_METADATA, "_MEM_FORMAT_ENCODING"),
 }
+# Of these an index has objects, whose fields alone it sets. What is named must stay as it is: a
+# function or a class that is changed is changed for all that use it.
+_WITH_FIELDS = {
+    "_StorageInfo",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+}
+# What pickle (protocol 4, by which torch writes) makes of numbers, text, lists and such objects.
+_STEPS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE),
+    *(pickle.BINGET, pickle.LONG_BINGET, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_LIST, pickle.APPEND),
+    *(pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.EMPTY_TUPLE),
+    *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.STACK_GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD),
+)
 
 
 class UnlistedError(pickle.UnpicklingError):
-    """An index names what is none of `_ALLOWED`: code, or what another torch writes there."""
+    """An index names or does what is no part of one: code, or what another torch writes there."""
 
 
-class _Unpickler(pickle.Unpickler):
+def _refuse_step(unpickler: Any) -> None:
+    raise UnlistedError("it does what is no part of making an index")
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python: that in C does not ask about its steps
+    dispatch: ClassVar[dict[int, Any]] = {
+        **dict.fromkeys(pickle._Unpickler.dispatch, _refuse_step),
+        **{step[0]: pickle._Unpickler.dispatch[step[0]] for step in _STEPS},
+    }
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except (EOFError, LookupError):
+            raise pickle.UnpicklingError("it is cut off, or no index") from None
+
+    def load_build(self) -> None:
+        changed = type(self.stack[-2])
+        is_ours = (changed.__module__, changed.__name__) in _ALLOWED
+        if not is_ours or changed.__name__ not in _WITH_FIELDS:
+            raise UnlistedError(f"it changes a {changed.__name__}, which is no part of an index")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:
@@ -69,6 +115,8 @@ class Reader(dcp.FileSystemReader):
             index = _Unpickler(file).load()
         if not isinstance(index, Metadata):
             raise pickle.UnpicklingError("it is no index of a checkpoint")
+        if not isinstance(getattr(index, "storage_meta", None), StorageMeta | None):
+            raise pickle.UnpicklingError("its storage_meta is none")
         for place in (index.storage_data or {}).values():
             if Path(place.relative_path).name != place.relative_path:
                 raise pickle.UnpicklingError(f"it names {place.relative_path!r}, no file of it")
