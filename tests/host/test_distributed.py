@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import apps.main.train as host
 import lingua.distributed
 from lingua._requeue import is_preempted
 from lingua.distributed import (
@@ -209,6 +210,14 @@ def test_without_a_process_group_a_value_is_its_own_mean(launch):
     assert dist_mean([1, 2]).tolist() == [1.0, 2.0]
     assert (dist_max(5).item(), dist_sum([0.1]).tolist()) == (5, [0.1])
     assert dist_mean_dict({"a": 1, "b": [2.5, 3]}) == {"a": 1.0, "b": [2.5, 3.0]}
+
+
+def test_the_device_is_not_waited_for_to_ask_if_the_run_is_to_end(process_group, monkeypatch):
+    """Every step asks; a tensor of the device would have to be read."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(host, "get_world_size", lambda: 2)
+    monkeypatch.setattr(lingua.distributed, "get_device", lambda: torch.device("meta"))
+    assert [host._any_rank(flag) for flag in (True, False)] == [True, False]
 
 
 def test_a_reduced_tensor_is_a_new_one(launch):

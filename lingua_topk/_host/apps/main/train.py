@@ -20,6 +20,7 @@ from timeit import default_timer as timer
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -60,7 +61,6 @@ from lingua.distributed import (
     DistributedArgs,
     EnvironmentArgs,
     check_model_value_range,
-    dist_max,
     dist_mean_dict,
     get_device,
     get_device_mesh,
@@ -505,8 +505,15 @@ def _save(run: Run) -> bool:
 
 
 def _any_rank(flag: bool) -> bool:
-    """Whether it is set on any rank: all must leave the loop after the same step."""
-    return bool(dist_max(int(flag)).item()) if get_world_size() > 1 else flag
+    """Whether it is set on any rank: all must leave the loop after the same step.
+
+    Asked by way of the CPUs: the device would be waited for, after every step.
+    """
+    if get_world_size() == 1:
+        return flag
+    number = torch.tensor(int(flag))
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return bool(number)
 
 
 def evaluate(args: TrainArgs, checkpoint: Path) -> None:
