@@ -110,7 +110,7 @@ def test_what_one_process_cannot_write_ends_all_of_them(corpus, tmp_path):
         assert (status, said) == tuple(ended[1][name]), name
         assert status == 2 and "No space left on device" in said, (name, said)
         assert checkpoints(tmp_path / name) == ([] if name == "config" else ["0000000002"])
-    assert len(ended[0]) == 7
+    assert len(ended[0]) == 8
 
 
 def tree(folder, *but):

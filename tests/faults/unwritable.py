@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch.distributed as dist
 
-import apps.main.train as host
+from apps.main import _folders
 from apps.topk.train import train
-from lingua import checkpoint
+from lingua import _manifest, checkpoint
 from lingua._writer import Writer
 from lingua.errors import UserError
 from tests.apps.tiny import train_args
@@ -46,11 +46,12 @@ def of_last(name):
 
 
 CASES = {
-    "config": on(host, "dump_config", lambda *_: True),
+    "config": on(_folders, "dump_config", lambda *_: True),
     "folder": on(Path, "mkdir", of_last(".partial")),
     "weights": on(Writer, "write_data", lambda writer, *_: "0000000004" in str(writer.path)),
     "params": on(checkpoint, "_write_json", of_last("params")),
     "state": on(checkpoint, "_write_json", of_last("train_state"), rank=1),
+    "checksum": on(_manifest, "_sha256", of_last(""), rank=1),
     "manifest": on(checkpoint, "_write_json", of_last("manifest")),
     "renaming": on(Path, "rename", of_last(".partial")),
 }

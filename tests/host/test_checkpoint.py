@@ -3,9 +3,11 @@
 Run by tests/processes.py this file is the program of two processes; see `two_processes`.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import sys
 from copy import deepcopy
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from apps.main.train import TrainArgs, TrainState
 from apps.main.transformer import LMTransformer, LMTransformerArgs, build_fsdp_grouping_plan
-from lingua import checkpoint
+from lingua import _manifest, checkpoint
 from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
@@ -530,6 +532,19 @@ def sharded_run(folder: Path, seed: int, recompute: bool) -> Run:
     return Run(folder, seed=seed, mesh=mesh, model=model.to_empty(device="cpu"))
 
 
+def refused_save(run: Run) -> str:
+    """What a process says where the second one cannot read its new files again."""
+
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError) as refused:
+        if get_global_rank() == 1:
+            patch.setattr(_manifest, "_sha256", unreadable)
+        run.save()
+    return str(refused.value)
+
+
 def program(folder: Path) -> None:
     """Save with recomputation, resume without; then go on with what one process saved."""
     setup_torch_distributed(DistributedArgs())
@@ -552,6 +567,7 @@ def program(folder: Path) -> None:
     )
     third.load()
     results["after one"] = third.train(2)
+    results["refused"] = refused_save(third)
     torch.save(results, folder / f"{get_global_rank()}.pt")
     dist.destroy_process_group()
 
@@ -601,6 +617,14 @@ def test_two_processes_go_on_with_what_one_has_saved(two_processes):
         states, *place = result["others"]
         assert place == [rank, 2] and [state["step"] for state in states] == [1]
         assert result["after one"] == pytest.approx(result["alone"], rel=1e-5)
+
+
+def test_what_one_process_cannot_read_again_ends_both(two_processes):
+    folder, results = two_processes
+    assert results[0]["refused"] == results[1]["refused"]
+    assert "0000000003 cannot be written" in results[0]["refused"]
+    assert "Input/output error" in results[0]["refused"]
+    assert names(folder / "one") == {"0000000001"}
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ it and what it imports need nothing else of the host.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 MANIFEST_NAME = "manifest.json"
 _BLOCK = 1 << 22  # bytes
@@ -32,9 +34,9 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 def describe_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
     """The entries of all files, on every rank, each file read by one rank. All ranks call it."""
     rank, size = _rank_and_size()
-    names = from_first(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    names = together(lambda: [path.name for path in folder.iterdir() if path.is_file()])[0]
     described: dict[str, dict[str, Any]] = {}
-    for part in gathered(describe_files(folder, names[rank::size])):
+    for part in together(lambda: describe_files(folder, sorted(names)[rank::size])):
         described.update(part)
     return dict(sorted(described.items()))
 
@@ -80,9 +82,9 @@ def _expected_files(folder: Path) -> tuple[str | None, dict[str, dict[str, Any]]
 def _first_difference(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
     for name, entry in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
         try:
+            if not path.is_file():
+                return f"{name} is missing"
             size = path.stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes and should have {entry['bytes']}"
@@ -180,3 +182,18 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What every rank's `work` gives, in order. What one of them cannot read or write is an
+    OSError in all of them: alone it would leave the others waiting."""
+    result = problem = None
+    try:
+        result = work()
+    except OSError as error:
+        problem = error
+    parts = gathered((result, problem))
+    problems = [error for _, error in parts if error is not None]
+    if problems:
+        raise problems[0]
+    return [part for part, _ in parts]

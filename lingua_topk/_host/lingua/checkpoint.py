@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -36,7 +35,7 @@ from lingua._manifest import (
     describe_checkpoint,
     find_damage,
     from_first,
-    gathered,
+    together,
 )
 from lingua.distributed import get_is_master
 from lingua.errors import CheckpointError
@@ -78,19 +77,6 @@ class CheckpointArgs:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _together(work: Callable[[], None]) -> None:
-    """Let every rank do its part. What one of them cannot write is an OSError in all of them:
-    alone it would leave the others waiting."""
-    problem = None
-    try:
-        work()
-    except OSError as error:
-        problem = error
-    problems = [error for error in gathered(problem) if error is not None]
-    if problems:
-        raise problems[0]
 
 
 def _write_files(folder: Path, contents: dict[str, Any]) -> None:
@@ -376,9 +362,9 @@ class CheckpointManager:
             return True
         partial = _partial(folder)
         try:
-            _together(lambda: _make_room(partial, folder))
+            together(lambda: _make_room(partial, folder))
             self._write(partial, model, optimizer, train_state, config, rank)
-            _together(lambda: _publish(partial, folder))
+            together(lambda: _publish(partial, folder))
         except (OSError, CheckpointException) as error:
             if get_is_master():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -403,10 +389,10 @@ class CheckpointManager:
         files = {TRAIN_STATE_NAME.format(rank): train_state.state_dict()}
         if get_is_master():
             files[CONFIG_NAME] = asdict(config)
-        _together(lambda: _write_files(partial, files))
+        together(lambda: _write_files(partial, files))
         manifest = {"files": describe_checkpoint(partial)}
         files = {MANIFEST_NAME: manifest} if get_is_master() else {}
-        _together(lambda: _write_files(partial, files))
+        together(lambda: _write_files(partial, files))
 
     def load(
         self,
