@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,25 @@ def test_checkpoints_elsewhere_are_one_runs_too(corpus, tmp_path, other, capfd):
     (line,) = errors(capfd.readouterr().err)
     assert line.startswith(f"error: checkpoint.path={tmp_path}/checkpoints is being written by")
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_within_a_run_are_not_given_to_another(tmp_path):
+    def take(stack, run, checkpoints):
+        for field, folder in _lock.folders_of_run(str(tmp_path / run), str(tmp_path / checkpoints)):
+            stack.enter_context(held(folder, field))
+
+    with ExitStack() as first:
+        take(first, "a", "a/checkpoints")
+        for run, checkpoints, field in (
+            ("b", "a/checkpoints", "checkpoint.path"),
+            ("a/checkpoints/c", "a/checkpoints", "checkpoint.path"),
+            ("a", "b", "dump_dir"),
+        ):
+            with ExitStack() as second, pytest.raises(_lock.ConfigError, match=f"{field}=.* is"):
+                take(second, run, checkpoints)
+        with ExitStack() as second:
+            take(second, "b", "b")  # in one folder with all else
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_locks_it_is_said_and_gone_on(corpus, tmp_path, monkeypatch):

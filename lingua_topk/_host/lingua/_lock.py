@@ -73,9 +73,12 @@ def held(folder: Path, field: str) -> Iterator[str | None]:
 
 
 def folders_of_run(dump_dir: str, checkpoints: str | None) -> Iterator[tuple[str, Path]]:
-    """Field and path of each folder that a training run has to have for itself."""
+    """Field and path of each folder that a training run has to have for itself.
+
+    The checkpoints' own also within dump_dir: another run may have it as its checkpoint.path.
+    """
     yield "dump_dir", Path(dump_dir)
-    if checkpoints and not Path(checkpoints).resolve().is_relative_to(Path(dump_dir).resolve()):
+    if checkpoints and Path(checkpoints).resolve() != Path(dump_dir).resolve():
         yield "checkpoint.path", Path(checkpoints)
 
 
