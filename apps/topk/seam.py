@@ -20,6 +20,8 @@ from lingua_topk.errors import HostError
 
 logger = logging.getLogger(__name__)
 
+_NOT_GIVEN = object()
+
 
 class Seam:
     """The replacements for one run; they share the scheduler that drives alpha.
@@ -47,6 +49,7 @@ class Seam:
         self.annealing: AnnealingScheduler | None = None
         self.guard: nonfinite.Guard | None = None
         self.stops: lingua_host.Stops | None = None
+        self._is_log_asked = False
 
         from apps.topk.eval import EvalArgs, launch_eval
 
@@ -119,15 +122,22 @@ class Seam:
             self.stops.stop_listening()
             self._folders.close()
 
-    def every_n_steps(self, train_state, freq, acc_step=None, acc_freq=None) -> bool:
-        """The host's answer, and yes for the steps of `save_at` where it asks what to save."""
+    def every_n_steps(self, train_state, freq, acc_step=None, acc_freq=_NOT_GIVEN) -> bool:
+        """The host's answer, and yes for the steps of `save_at` where it asks what to save.
+
+        It asks about the garbage, the log, saving and evaluating by frequencies that may be equal.
+        With acc_freq it asks about the log, and what it asks next is whether to save.
+        """
         if self.stops is not None:
             self.stops.is_step_done = train_state.acc_step == 0
+        is_about_log = acc_freq is not _NOT_GIVEN
+        is_about_saving = self._is_log_asked and not is_about_log
+        self._is_log_asked = is_about_log
+        acc_freq = acc_freq if is_about_log else None
         if self._every_n_steps(train_state, freq, acc_step=acc_step, acc_freq=acc_freq):
             return True
-        asks_for_save = freq == self._args.checkpoint.dump.every and acc_step == 0
         is_wanted = train_state.step in self._args.save_at and train_state.acc_step == 0
-        return asks_for_save and is_wanted
+        return is_about_saving and is_wanted
 
     def dist_mean_dict(self, x: dict) -> dict:
         """The host's mean over processes, `topk/*` and `optim/skipped` added.
