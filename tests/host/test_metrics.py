@@ -1,6 +1,7 @@
 """lingua.metrics: lines of metrics.jsonl, Weights & Biases, memory, parameters."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -43,6 +44,14 @@ def test_a_call_is_a_line_with_its_time(tmp_path):
     assert when.utcoffset() == timedelta(0)
     assert abs(datetime.now(timezone.utc) - when) < timedelta(minutes=1)
     assert first == line and second["global_step"] == 2
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """A step that is left out has no loss; NaN is no JSON, and other readers end there."""
+    with MetricLogger(tmp_path / "metrics.jsonl") as log:
+        log.log({"global_step": 1, "loss/out": math.nan, "optim/grad_norm": math.inf, "x": 1.5})
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"loss/out": null, "optim/grad_norm": null, "x": 1.5' in text
 
 
 def test_a_resumed_run_appends(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -81,10 +82,14 @@ class MetricLogger:
             self.run = wandb.init(config=asdict(self.args), **asdict(settings))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Write one line, `created_at` (UTC) added, whole or not at all. UserError for no room."""
+        """Write one line, `created_at` (UTC) added, whole or not at all. UserError for no room.
+
+        What is not finite is null there: JSON has no NaN.
+        """
         if self.run is not None:
             self.run.log(metrics, step=metrics["global_step"])
-        line = {**metrics, "created_at": datetime.now(timezone.utc).isoformat()}
+        finite = {key: value if _is_json(value) else None for key, value in metrics.items()}
+        line = {**finite, "created_at": datetime.now(timezone.utc).isoformat()}
         size = os.fstat(self.jsonl_writer.fileno()).st_size
         left = json.dumps(line).encode() + b"\n"
         try:
@@ -111,6 +116,10 @@ class MetricLogger:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def import_wandb():
