@@ -200,6 +200,17 @@ def test_a_job_that_was_started_again_waits_for_its_own_lock(
     assert caplog.text.count("waiting for at most 180 s") == waits
 
 
+@pytest.mark.parametrize("run, restarts, waits", [
+    ("mine", "1", True), ("mine", "0", False), ("another", "1", False), ("none", "1", False),
+])  # fmt: skip
+def test_so_does_what_torchrun_started_again(tmp_path, monkeypatch, run, restarts, waits):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if run == "none" else "mine")
+    with held(tmp_path, "dump_dir"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert _lock._is_of_earlier_start(tmp_path / _lock.NAME) is waits
+
+
 def test_a_lock_is_given_back_by_an_error_and_a_new_folder_with_it(tmp_path):
     with pytest.raises(ZeroDivisionError), held(tmp_path / "a/b", "out"):
         assert (tmp_path / "a/b" / _lock.NAME).is_file()

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 NAME = ".lingua_topk.lock"
 # What flock says of a lock that another process has; all else is a file system without locks.
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
-# How long a job that SLURM started again waits for its own earlier start, and how often it asks.
+# How long a job that SLURM or torchrun started again waits for its own earlier start; between
+# two looks.
 PATIENCE, PAUSE = 180.0, 5.0  # seconds
 _BEGINNING = b'{"process": '  # of what is written into the file
 _TRIES = 10  # for a folder that others make and remove
@@ -38,13 +39,13 @@ _held: set[int] = set()  # descriptors
 
 
 @contextmanager
-def held(folder: Path, field: str) -> Iterator[str | None]:
+def held(folder: Path, field: str, given: Path | None = None) -> Iterator[str | None]:
     """Within it no other program that asks for `folder` gets it; it is made where there is none.
 
-    field: the name under which the user gave it. Yields a line for the log where it can be written
-    but not locked, None where it is locked, and where it cannot be written at all: whoever tries
-    finds that out, and says it better. ConfigError while another program has it; nothing is
-    changed then.
+    field: the name under which the user gave it, or `given`, to which it belongs. Yields a line for
+    the log where it can be written but not locked, None where it is locked, and where it cannot be
+    written at all: whoever tries finds that out, and says it better. ConfigError while another
+    program has it; nothing is changed then.
     """
     is_new = not os.path.exists(folder)
     path = folder / NAME
@@ -53,8 +54,8 @@ def held(folder: Path, field: str) -> Iterator[str | None]:
         descriptor = _taken_in_time(path)
     except BlockingIOError:
         raise ConfigError(
-            f"{field}={folder} is being written by another program ({_holder(path)}): wait for its"
-            " end or stop it, or give another folder"
+            f"{field}={given or folder} is being written by another program ({_holder(path)}): wait"
+            " for its end or stop it, or give another folder"
         ) from None
     except OSError as error:
         note = _note(path, error)
@@ -93,7 +94,7 @@ def _note(path: Path, error: OSError) -> str | None:
 
 
 def _taken_in_time(path: Path) -> int:
-    """_taken, waiting for what an earlier start of this SLURM job has left.
+    """_taken, waiting for what an earlier start of this job has left.
 
     A file system of a cluster may keep the lock of a node that failed until its lease is over.
     """
@@ -115,13 +116,31 @@ def _taken_in_time(path: Path) -> int:
 
 
 def _is_of_earlier_start(path: Path) -> bool:
-    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
-    if not job or not restarts.isdecimal() or int(restarts) == 0:
-        return False
+    """Whether it was written by a start before this one, of the same SLURM job or torchrun."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["job"] == job
-    except (OSError, ValueError, LookupError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return any(found.get(kind) == name for kind, name in _started_again().items())
+    except (OSError, ValueError, AttributeError):
         return False
+
+
+def _launched_by() -> dict[str, str]:
+    """What started this program, by kind, and what it calls this job."""
+    names = {"job": "SLURM_JOB_ID", "torchrun": "TORCHELASTIC_RUN_ID"}
+    found = {kind: os.environ.get(name) for kind, name in names.items()}
+    # "none" is what torchrun is called where nobody gave it a name: anybody's.
+    return {kind: name for kind, name in found.items() if name and name != "none"}
+
+
+def _started_again() -> dict[str, str]:
+    """Of what started this program, that which has done so before."""
+    counts = {"job": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    times = {kind: os.environ.get(name, "") for kind, name in counts.items()}
+    return {
+        kind: name
+        for kind, name in _launched_by().items()
+        if times[kind].isdecimal() and int(times[kind]) > 0
+    }
 
 
 def _taken(path: Path) -> int:
@@ -176,11 +195,10 @@ def _describe(descriptor: int, path: Path) -> None:
     found = os.pread(descriptor, len(_BEGINNING), 0).strip(b"\0")
     if not _BEGINNING.startswith(found):
         raise _not_ours(path)
-    words = {"process": os.getpid(), "machine": socket.gethostname()}
-    job = os.environ.get("SLURM_JOB_ID")
+    words = {"process": os.getpid(), "machine": socket.gethostname(), **_launched_by()}
     with suppress(OSError):  # a full disk, on which it is locked all the same
         os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({**words, **({"job": job} if job else {})}).encode(), 0)
+        os.pwrite(descriptor, json.dumps(words).encode(), 0)
 
 
 def _holder(path: Path) -> str:
