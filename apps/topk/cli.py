@@ -1,15 +1,12 @@
 """How the applications speak to a user: config files, one-line errors, help."""
 
 import difflib
-import errno
 import os
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,24 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lingua_topk._host.lingua import _ending
+from lingua_topk._host.lingua._ending import MAKE_ROOM, one_line
 from lingua_topk._host.lingua._lock import held
-from lingua_topk._host.lingua._peers import lost_peer
 from lingua_topk.errors import ConfigError
 from lingua_topk.host import leave_copied_code
 
-# A disk without room, a quota, a limit on the size of files, a disk that may not be written to.
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-MAKE_ROOM = "make room there, or give another place, then run it again"
+__all__ = [
+    "MAKE_ROOM",
+    "alone",
+    "dot_list",
+    "help_text",
+    "merge",
+    "nearest",
+    "one_line",
+    "read_config",
+    "read_yaml",
+    "run",
+]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -35,79 +42,25 @@ def run(main: Callable[[], None]) -> None:
     """
     leave_copied_code()
     try:
-        main()
+        _ending.run(main)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # whoever read the output has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except Exception as error:
-        status, text = getattr(error, "exit_status", None), str(error)
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            place = error.filename or "a file"
-            status, text = 2, f"{place} cannot be written: {error.strerror}: {MAKE_ROOM}"
-        if isinstance(error, PermissionError):
-            status, text = 2, f"{error.filename or 'a file'}: {error.strerror}: give another path"
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            status, text = 2, f"{error.filename} is no path ({error.strerror}): give a shorter one"
-        lost = lost_peer(error)
-        if lost is not None:
-            status, text = 1, lost
-        if status is None:
-            raise
-        # Whose error it was, and that it is gone, are two things to say.
-        if _is_first_to_fail("errors" if lost is None else "lost"):
-            print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
-        raise SystemExit(status) from None
 
 
 @contextmanager
-def alone(folder: Path, field: str) -> Iterator[None]:
+def alone(folder: Path, field: str, given: Path | None = None) -> Iterator[None]:
     """Within it no other program of ours writes `folder`; ConfigError while one does.
 
-    field: by which the user gave it. A file system without locks is said to be one.
+    field: by which the user gave it, or `given`, to which it belongs. A file system without locks
+    is said to be one.
     """
-    with held(folder, field) as note:
+    with held(folder, field, given) as note:
         if note:
             print(f"warning: {one_line(note)}", file=sys.stderr)
         yield
-
-
-def _is_first_to_fail(kind: str) -> bool:
-    """Whether no other process of this start has reported an error of that kind.
-
-    A mistake in a config is met by all processes, damage in one's share of the data by that
-    one alone: asked is torchrun's own store. Without one every process speaks.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    from torch.distributed import TCPStore  # not every program needs torch
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if kind == "lost" and not _is_of_this_machine(address):
-        return True  # what cannot be reached may be that store, and torchrun waits for nobody
-    try:
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"lingua_topk/{kind}/{start}", 1) == 1
-    except RuntimeError:  # torchrun itself is gone
-        return True
-
-
-def _is_of_this_machine(address: str) -> bool:
-    """Whether an address is one of our own, which alone can be bound to."""
-    try:
-        family, *_, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind(place)
-        return True
-    except OSError:
-        return False
-
-
-def one_line(text: str) -> str:
-    """Text from anywhere as a single printable line."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def read_config(

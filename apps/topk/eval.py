@@ -29,6 +29,7 @@ from lingua.distributed import (
     setup_torch_distributed,
 )
 from lingua.logger import init_logger
+from lingua_topk._host.lingua._ending import group_left_together
 from lingua_topk.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -114,11 +115,8 @@ def _main() -> None:
     # Meta Lingua's needs NCCL, which one process on a CPU does not.
     if get_world_size() > 1 or not lingua_host.is_lingua():
         setup_torch_distributed(DistributedArgs())
-    try:
+    with group_left_together():
         launch_eval(args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def harness_help(prefix: str = "") -> str:

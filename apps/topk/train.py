@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 from omegaconf import OmegaConf
 
@@ -22,6 +21,7 @@ from apps.topk.records import set_aside_records, trim_records
 from apps.topk.seam import install
 from lingua.distributed import get_is_master, get_world_size
 from lingua_topk import TopKArgs
+from lingua_topk._host.lingua._ending import group_left_together
 from lingua_topk.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,9 @@ def train(args: TopKTrainArgs) -> None:
     changes = resume.check_unchanged(args)
     if _has_checkpoints(args):
         changes += data_files.check_unchanged(args)
-    with install(args, lambda: _started(args, changes), partial(_resumed, args)) as train_module:
-        try:
-            train_module.train(args)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    started, resumed = partial(_started, args, changes), partial(_resumed, args)
+    with install(args, started, resumed) as train_module, group_left_together():
+        train_module.train(args)
 
 
 def _started(args: TopKTrainArgs, changes: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import apps.main.train as train_module
 from apps.topk import cli, export, seam
 from apps.topk.checkpoint import newest_checkpoint, open_checkpoint
 from apps.topk.model import TopKTrainArgs, TopKTransformer
+from apps.topk.seam import install
 from apps.topk.train import train
 from lingua_topk import topk_handle
 from lingua_topk.anneal import alpha_at, kept_at
@@ -204,9 +206,31 @@ def test_sigterm_of_a_preemption_has_the_job_go_back_into_the_queue(
 def test_early_steps_are_saved_besides_and_never_deleted(corpus, tmp_path):
     keep = ["checkpoint.dump.every=4", "checkpoint.dump.keep=1", "checkpoint.eval.keep=1"]
     extra = ["save_at=[1,3,6]", "grad_acc_steps=2", "steps=8", "logging.freq=4"]
+    extra += ["checkpoint.eval.every=4", "eval.validation.context=8"]  # asked for alike
     train(train_args(corpus, tmp_path / "run", *keep, *extra))
-    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert saved == [1, 3, 6, 8]
+    folders = (tmp_path / "run" / "checkpoints", tmp_path / "run" / "evals")
+    saved, evaluated = (sorted(int(path.name) for path in one.iterdir()) for one in folders)
+    assert saved == [1, 3, 6, 8] and evaluated == [4, 8]
+    assert [line["global_step"] for line in read_metrics(tmp_path / "run")] == [4, 8]
+
+
+def test_of_equal_frequencies_only_saving_is_answered_otherwise(tmp_path):
+    """The questions of Meta Lingua's loop, in its order: two micro-batches make a step."""
+    args = TopKTrainArgs(dump_dir=str(tmp_path), save_at=[1, 3])
+    with install(args) as module:
+        answers = []
+        for step, acc_step in ((0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)):
+            state = SimpleNamespace(step=step or 5, acc_step=acc_step)
+
+            def ask(state=state, **kwargs):
+                return module.every_n_steps(state, 1000, **kwargs)
+
+            garbage = ask(acc_step=0)
+            log = ask(acc_step=0, acc_freq=None)
+            save = ask(acc_step=0) or ask(acc_step=0)
+            answers.append([garbage, log, save, ask(acc_step=0)])
+    saved = [False, False, True, False]
+    assert answers == [[False] * 4, saved, [False] * 4, [False] * 4, [False] * 4, saved]
 
 
 def test_every_start_is_written_down(corpus, whole_run, tmp_path):
@@ -231,6 +255,17 @@ def test_a_finished_run_keeps_its_config(corpus, whole_run):
     before = (folder / "config.yaml").read_bytes()
     train(train_args(corpus, folder, "steps=10", "logging.freq=5"))
     assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_a_run_is_finished_where_the_first_process_finds_it_so(corpus, tmp_path, monkeypatch):
+    """On another node its last checkpoint may not be in sight yet."""
+    args = train_args(corpus, tmp_path / "run", "steps=2")
+    train(args)
+    found = train_module.newest_checkpoint(args.checkpoint), True
+    monkeypatch.setattr(train_module, "newest_checkpoint", lambda _: None)
+    monkeypatch.setattr(train_module, "from_first", lambda _: found)
+    monkeypatch.setattr(train_module, "start_run", lambda _: pytest.fail("it is done"))
+    train(train_args(corpus, tmp_path / "run", "steps=2"))
 
 
 def test_a_missing_last_evaluation_is_made_up_for(corpus, tmp_path):

@@ -40,8 +40,8 @@ from apps.main.transformer import (
     get_num_flop_per_token,
     tp_parallelize,
 )
-from lingua._manifest import find_damage
-from lingua._peers import lost_peer
+from lingua._ending import run as run_program
+from lingua._manifest import find_damage, from_first
 from lingua._requeue import is_preempted
 from lingua._reshare import reshare
 from lingua.args import dataclass_from_dict
@@ -344,12 +344,14 @@ def train(args: TrainArgs) -> None:
         init_logger(dump_dir / "train.log" if refused is None else None)
         for note in notes:
             logger.warning("%s", note)
-        if is_done and _is_all_done(args, newest, refused):
-            return
-        stack.enter_context(_preemption_by_signal())
         setup_env(args.env)
         setup_torch_distributed(args.distributed)
         raise_in_all(refused)
+        # Another node's listing of the folder may be a little older, and all must go one way.
+        newest, is_done = from_first((newest, is_done))
+        if is_done and _is_all_done(args, newest):
+            return
+        stack.enter_context(_preemption_by_signal())
         run = start_run(args)
         metric_logger = stack.enter_context(MetricLogger(dump_dir / "metrics.jsonl", args))
         batches = stack.enter_context(
@@ -364,13 +366,11 @@ def train(args: TrainArgs) -> None:
         _loop(run, batches, metric_logger, profiler, progress)
 
 
-def _is_all_done(args: TrainArgs, newest: Path, refused: UserError | None) -> bool:
+def _is_all_done(args: TrainArgs, newest: Path) -> bool:
     """Whether the run has done all steps and its newest checkpoint is whole; then it is finished.
 
     All ranks call it.
     """
-    setup_torch_distributed(args.distributed)
-    raise_in_all(refused)
     if find_damage(newest) is None:
         logger.info("this run has done its %d steps already; nothing to do", int(newest.name))
         _finish(args, newest)
@@ -485,9 +485,10 @@ def _optimizer_step(run: Run) -> Tensor:
 
 
 def _is_log_step(args: TrainArgs, state: TrainState) -> bool:
-    if args.logging.acc_freq:
-        return every_n_steps(state, args.logging.freq, acc_freq=args.logging.acc_freq)
-    return every_n_steps(state, args.logging.freq, acc_step=0)
+    # Always with acc_freq, as Lingua asks: an extension tells the question by it.
+    acc_freq = args.logging.acc_freq
+    acc_step = None if acc_freq else 0
+    return every_n_steps(state, args.logging.freq, acc_step=acc_step, acc_freq=acc_freq)
 
 
 def _is_save_step(args: TrainArgs, state: TrainState) -> bool:
@@ -534,8 +535,10 @@ def _eval_folder(args: TrainArgs, checkpoint: Path) -> Path:
 
 def _evaluate_if_missing(args: TrainArgs, checkpoint: Path) -> None:
     """The evaluation of a checkpoint, where something ended the run before it or within it."""
-    # An evaluation writes this file last.
-    if args.eval is None or (_eval_folder(args, checkpoint) / "provenance.json").is_file():
+    if args.eval is None:
+        return
+    # An evaluation writes this file last; one process looks for all.
+    if from_first((_eval_folder(args, checkpoint) / "provenance.json").is_file()):
         return
     logger.info("the evaluation of %s is missing: doing it now", checkpoint)
     evaluate(args, checkpoint)
@@ -570,26 +573,19 @@ def _read_args() -> TrainArgs:
 
 
 def main() -> None:
-    try:
-        args = _read_args()
-        if args.eval is not None:
-            raise ConfigError(
-                "eval is set, but apps.main.train of the embedded host does not evaluate: start"
-                " the run with apps.topk.train (without model.topk it trains a plain model), or"
-                " set eval=null"
-            )
-        train(args)
-    except Exception as error:
-        lost = lost_peer(error)
-        if lost is not None:
-            print(f"error: {lost}", file=sys.stderr)
-            sys.exit(1)
-        if not isinstance(error, UserError):
-            raise
-        if get_is_master():
-            line = "".join(c if c.isprintable() else " " for c in str(error))
-            print(f"error: {' '.join(line.split())}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    """The command line; what is wrong there, or on a disk, is one line and status 2."""
+    run_program(_main)
+
+
+def _main() -> None:
+    args = _read_args()
+    if args.eval is not None:
+        raise ConfigError(
+            "eval is set, but apps.main.train of the embedded host does not evaluate: start"
+            " the run with apps.topk.train (without model.topk it trains a plain model), or"
+            " set eval=null"
+        )
+    train(args)
 
 
 if __name__ == "__main__":
