@@ -1,13 +1,15 @@
 """The working folder: one process at a time, and state that is whole."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
 
 import pytest
 
-from apps.topk.corpus.work import Pace, working_folder
-from lingua_topk.errors import ConfigError
+from apps.topk.corpus.work import Pace, Work, working_folder
+from lingua_topk._host.lingua._lock import NAME, ConfigError
 
 
 @pytest.fixture
@@ -36,9 +38,31 @@ def worker(out):
 
 
 def test_a_second_process_is_turned_away(out, worker):
-    with pytest.raises(ConfigError, match="is being written by another"), working_folder(out):
+    said = f"out={out} is being written by another program .process {worker.pid} "
+    with pytest.raises(ConfigError, match=said), working_folder(out):
         pass
     assert worker.is_alive()
+
+
+def test_it_is_held_until_the_end(out):
+    """Also where all that is in the folder has been removed."""
+    for empty in (Work.clear, Work.remove):
+        with working_folder(out) as work:
+            work.save("reading", {"documents": 3})
+            empty(work)
+            assert work.load("reading") is None
+            with pytest.raises(ConfigError, match="is being written"), working_folder(out):
+                pass
+        assert not any(out.parent.iterdir())
+
+
+def test_where_nothing_can_be_locked_that_is_said(out, monkeypatch, capsys):
+    def no_locks(descriptor, flags):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with working_folder(out):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_what_a_killed_process_left_is_there(out, worker):
@@ -72,7 +96,7 @@ def test_what_is_made_of_the_documents_can_be_cleared_alone(out):
         work.held_out.write_text("text")
         (work.new / "name").mkdir(parents=True)
         work.clear_dealing()
-        assert sorted(os.listdir(work.folder)) == ["documents", "reading.json"]
+        assert sorted(os.listdir(work.folder)) == [NAME, "documents", "reading.json"]
 
 
 def test_saving_takes_a_twentieth_of_the_time(monkeypatch):

@@ -10,9 +10,7 @@ The JSON files are replaced whole, after what they speak of is on the disk; what
 the sizes in them is cut off by the run that goes on. The folder is locked while it is used.
 """
 
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,8 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from apps.topk import cli
 from apps.topk.provenance import write_json
-from lingua_topk.errors import ConfigError, DataError
+from lingua_topk._host.lingua._lock import NAME as LOCK_NAME
+from lingua_topk.errors import DataError
 
 SAVING_SHARE = 0.05  # of the time that goes into saving, at most
 LONGEST_UNSAVED = 60.0  # seconds
@@ -55,7 +55,8 @@ class Work:
     def clear(self) -> None:
         """Remove what is in the folder."""
         for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != LOCK_NAME:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def clear_dealing(self) -> None:
         """Remove what was made of the documents, not the documents."""
@@ -64,11 +65,12 @@ class Work:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove what is in the folder, which goes itself when nobody holds it any more."""
         # The state first: without it, what is left after a kill is no work to go on with.
         for part in ("dealing", "reading"):
             (self.folder / f"{part}.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.clear()
 
 
 class Pace:
@@ -106,33 +108,9 @@ def working_folder(out: Path) -> Iterator[Work]:
     """
     folder = folder_of(out)
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not _lock(descriptor) or not _is(descriptor, folder):
-            raise ConfigError(
-                f"out={str(out)!r} is being written by another process: wait for it, or choose"
-                " another"
-            )
-        yield Work(folder)
+        with cli.alone(folder, "out", given=out):
+            yield Work(folder)
     finally:
-        os.close(descriptor)
         with suppress(OSError):  # it holds something
             folder.rmdir()
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: two runs at once are then the user's to avoid
-    return True
-
-
-def _is(descriptor: int, folder: Path) -> bool:
-    """Whether `folder` still is what was opened: a run that ended may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
-    except FileNotFoundError:
-        return False
