@@ -568,8 +568,8 @@ def resumed(
 
 
 BOTH = [NEWEST, OLDEST]
-# The run is begun, and says so, before it looks at more than params.json.
-BEGUN = ("", "/config.yaml", "/provenance.json", "/train.log")
+# The run is begun, and says so, before it looks at more than params.json. Of folders, the time.
+BEGUN = ("", "/checkpoints", "/config.yaml", "/provenance.json", "/train.log")
 
 
 def both(file: str, damage):
