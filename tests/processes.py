@@ -41,10 +41,15 @@ def run(
     """
     words = [module, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: [Path(folder, f"{rank}.{name}") for rank in range(count)]
+            for name in ("out", "err")
+        }
+        for file in (*files["out"], *files["err"]):
+            file.touch()  # one may be ended before it has opened its own
         status = _ask({"count": count, "words": words, "out": folder, "imported": [*imported]})
         stdout, stderr = (
-            "".join(Path(folder, f"{rank}.{name}").read_text("utf-8") for rank in range(count))
-            for name in ("out", "err")
+            "".join(file.read_text("utf-8") for file in files[name]) for name in ("out", "err")
         )
     return subprocess.CompletedProcess(words, status, stdout, stderr)
 
