@@ -439,7 +439,8 @@ def _one_line(error: Exception) -> str:
 
 def as_written(words: DictConfig, argv: list[str]) -> None:
     """Undo what YAML makes of key=value: 2:00:00 is the number 7200 to it, and 0123 is 83."""
-    for key, _, value in (word.partition("=") for word in argv):
+    given = dict(word.partition("=")[::2] for word in argv)  # of several the last one counts
+    for key, value in given.items():
         if key in TEXT_KEYS and not isinstance(words[key], str) and value != "null":
             words[key] = value
         if key in ("time", "eval_time") and ":" in value:
