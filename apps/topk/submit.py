@@ -81,11 +81,11 @@ def _check_words(words: DictConfig) -> None:
 
 def _submit_single(args: SubmitArgs) -> int:
     from apps.topk.submission import configs, scripts, slurm
-    from lingua_topk._host.lingua.stool import is_sbatch, launch_job, start
+    from lingua_topk._host.lingua.stool import is_sbatch, launch, start
 
     config = configs.read_single(args)
     starts = slurm.submit_single if is_sbatch(args.launcher) else start
-    return launch_job(stool_args(args, config=config), scripts.text_of, starts)
+    return launch(stool_args(args, config=config), scripts.text_of, starts)
 
 
 def _submit_sweep(args: SubmitArgs) -> int:

@@ -212,7 +212,7 @@ def _check_run(config: "TopKTrainArgs", is_twin: bool) -> None:
         )
     train.validate(config)
     if not lingua_host.is_lingua():
-        from apps.main._checks import validate_train_args
+        from apps.main.train import validate_train_args
         from lingua.tokenizer import build_tokenizer
 
         tokenizer = build_tokenizer(config.data.tokenizer.name, config.data.tokenizer.path)

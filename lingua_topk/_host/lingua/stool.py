@@ -201,15 +201,15 @@ def start(launcher: list[str], script: Path) -> int:
     return status
 
 
-def launch_job(
-    args: StoolArgs,
-    text_of: Callable[..., str] = script_text,
-    start: Callable[[list[str], Path], int] = start,
-) -> int:
-    """Write the job's folder and hand it to the launcher, whose exit status is returned.
+def launch_job(args: StoolArgs) -> int:
+    """Write the job's folder and hand it to the launcher, whose exit status is returned."""
+    return launch(args, script_text, start)
 
-    text_of, start: what writes submit.slurm and what submits it, called as those here are.
-    """
+
+def launch(
+    args: StoolArgs, text_of: Callable[..., str], start: Callable[[list[str], Path], int]
+) -> int:
+    """The same, where others write submit.slurm and submit it: as `script_text` and `start`."""
     validate_args(args)
     config = with_absolute_paths(args.config)
     dump_dir = Path(config["dump_dir"])
