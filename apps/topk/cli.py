@@ -26,6 +26,7 @@ __all__ = [
     "dot_list",
     "help_text",
     "merge",
+    "naming",
     "nearest",
     "one_line",
     "read_config",
@@ -61,6 +62,17 @@ def alone(folder: Path, field: str, given: Path | None = None) -> Iterator[None]
         if note:
             print(f"warning: {one_line(note)}", file=sys.stderr)
         yield
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Within it, what a user can mend says where it is: in `what`, a config or a key."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "exit_status", None) is None:
+            raise
+        raise ConfigError(f"{what}: {error}") from None
 
 
 def read_config(

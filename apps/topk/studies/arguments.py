@@ -4,8 +4,6 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -144,9 +142,9 @@ def runs_of(args: StudyArgs) -> list[Run]:
         for kind in args.runs:
             run, config = _run(args, kind, seed)
             if seed == seeds[0]:  # the others are the same but for theirs
-                with _naming(f"runs.{kind}"):
+                with cli.naming(f"runs.{kind}"):
                     _check_run(config, is_twin=kind == args.twin)
-                with _naming(f"eval={args.eval}"):
+                with cli.naming(f"eval={args.eval}"):
                     _check_evaluation(evaluation, config, are_tasks_known=bool(runs))
             runs.append(run)
     return runs
@@ -181,17 +179,6 @@ def _run(args: StudyArgs, kind: str, seed: int | None) -> tuple[Run, "TopKTrainA
     config = cli.read_config(TopKTrainArgs, f"run {kind}", "", argv=words)
     # Before the checks of it, which fill in what follows from the rest.
     return Run(kind, seed, folder, tuple(words), plain(config)), config
-
-
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Within it, what a user can mend says where it is."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "exit_status", None) is None:
-            raise
-        raise ConfigError(f"{what}: {error}") from None
 
 
 def _check_run(config: "TopKTrainArgs", is_twin: bool) -> None:

@@ -1,8 +1,6 @@
 """The runs that are asked for: their configs, read and checked as far as it can be done here."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +57,7 @@ def read_single(args: SubmitArgs) -> DictConfig:
     if args.script == SubmitArgs.script:
         return read_run(file, args).config
     config = OmegaConf.merge(cli.read_yaml(str(file)), OmegaConf.create(args.train))
-    with naming(file):
+    with cli.naming(file):
         return with_absolute_paths(_resolved(config))
 
 
@@ -73,7 +71,7 @@ def _run(file: Path, layer: DictConfig, words: DictConfig, is_made: bool = False
     from apps.topk.model import TopKTrainArgs  # with torch, which takes seconds
 
     train_args = cli.merge(TopKTrainArgs, (layer, str(file)), (words, TRAIN_WORDS))
-    with naming(file):
+    with cli.naming(file):
         _check_training(train_args)
         config = _resolved(OmegaConf.merge(layer, words))
         for key in ("name", "dump_dir"):
@@ -88,17 +86,6 @@ def _resolved(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
     return config
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Within it, what a user can mend says in which config it is."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "exit_status", None) is None:
-            raise
-        raise ConfigError(f"{file}: {error}") from None
 
 
 def _check_training(args: "TopKTrainArgs") -> None:
@@ -221,7 +208,7 @@ def read_evaluation(args: SubmitArgs, runs: list[Run]) -> DictConfig | None:
 
     layer, words = cli.read_yaml(str(file)), OmegaConf.create(args.eval)
     eval_args = cli.merge(EvalArgs, (layer, str(file)), (words, EVAL_WORDS))
-    with naming(file):
+    with cli.naming(file):
         # The folders whose names are numbers are those of training.
         if not re.fullmatch(r"[\w.@+-]+", eval_args.name) or re.fullmatch(
             r"[\d.]+", eval_args.name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from apps.topk import cli
 from apps.topk.provenance import write_text
 from apps.topk.submission import configs, here, slurm
 from apps.topk.submission.arguments import SubmitArgs, stool_args
@@ -86,7 +87,7 @@ def _planned(args: SubmitArgs, runs: list[Run], evaluation: DictConfig | None) -
         for run in (runs if evaluation is not None else ())
     ]
     for run, one in (*training, *evaluations):
-        with configs.naming(run.file):
+        with cli.naming(run.file):
             stool.validate_args(one)
             stool.check_code(one, Path(one.config.dump_dir))
     training, evaluations = (
@@ -133,7 +134,7 @@ def _timed(jobs: list[tuple[Run, StoolArgs]]) -> list[tuple[Run, StoolArgs]]:
 
 
 def _job(run: Run, args: StoolArgs, code: Path) -> Job:
-    with configs.naming(run.file):
+    with cli.naming(run.file):
         folder = Path(args.config.dump_dir)
         return Job(run.name, folder, args.config, text_of(args, args.config, folder, code))
 
