@@ -105,18 +105,15 @@ def points_of(
     for i in range(len(model.layers)) if layers is None else sorted(set(layers)):
         if not 0 <= i < len(model.layers):
             raise ConfigError(f"layer {i} is not in the model: it has 0 to {len(model.layers) - 1}")
-        keep = "survivors" if i in topk else "all" if k is None else k
         block = model.layers[i]
-        if i in selections and i not in topk:
-            module = block if site == "residual" else block.feed_forward.w1
-            points[i] = Point(module, False, "selected", selections[i])
-            continue
-        if site == "residual":
-            points[i] = Point(block, i in topk, keep)
-        elif i in topk:
-            points[i] = Point(topk[i], True, keep)
+        inner = block if site == "residual" else block.feed_forward.w1
+        if i in topk:
+            points[i] = Point(block if site == "residual" else topk[i], True)
+        elif i in selections:
+            points[i] = Point(inner, False, "selected", selections[i])
         else:
-            points[i] = Point(block.feed_forward.w1, False, keep, F.silu)
+            keep = "all" if k is None else k
+            points[i] = Point(inner, False, keep, None if site == "residual" else F.silu)
     return points
 
 
